@@ -1,0 +1,174 @@
+//! Types of the control API: what the operator reads from nodes and what it asks of them.
+//!
+//! HTTP/JSON on a node's internal listener, with `Authorization: Bearer <control token>`. Any live
+//! node answers for the whole cluster, because what it reports and changes stands in the store.
+//!
+//! | call | body | answer |
+//! |--|--|--|
+//! | `GET /control/v1/report` | – | [`ClusterReport`] |
+//! | `POST /control/v1/term` | [`TermRequest`] | [`TermGranted`] |
+//! | `PUT /control/v1/placement` | [`PlacementRequest`] | 204, or 409 [`TermRefused`] |
+//! | `POST /control/v1/drain` | [`DrainRequest`] | 204, or 409 [`TermRefused`] |
+//!
+//! Every change names a [`Term`]; a term older than the newest granted one is refused with 409, so
+//! an operator that lost its leadership cannot undo what its successor did.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::ids::{NodeId, Term};
+
+/// The cluster as one node sees it in the store, at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClusterReport {
+    /// The node that answered.
+    pub reporter: NodeId,
+    /// The newest term that was granted; 0 before the first.
+    pub term: Term,
+    /// Number of slots of the cluster, fixed at its creation.
+    pub slots: u16,
+    /// One entry for each registered process that has not left, in order of node name.
+    pub members: Vec<MemberReport>,
+    /// Who owns each slot now: index into [`ClusterReport::members`], `null` when nobody who is
+    /// registered does. `owners[slot]`; its length is [`ClusterReport::slots`].
+    pub owners: Vec<Option<u16>>,
+    /// Slots whose handoff is under way.
+    pub moving: u16,
+    /// Highest map revision in the store.
+    pub revision: u64,
+    /// The state of the database behind the cluster.
+    pub store: StoreReport,
+    /// `true` when Redis answers the reporter, `false` when it does not, `null` when it is disabled.
+    pub redis: Option<bool>,
+    /// Slots adopted after a node was lost, since the cluster exists.
+    pub adoptions: u64,
+}
+
+/// What a node says of the database.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StoreReport {
+    /// Version as the server prints it, such as `15.18`.
+    pub version: String,
+    /// `true` when the primary waits for at least one standby.
+    pub synchronous_standby: bool,
+    /// Timeline of the primary; changes with each failover of the database.
+    pub timeline: String,
+}
+
+/// One process that is registered as a member.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemberReport {
+    /// Name of the node; on Kubernetes the name of its pod.
+    pub node: NodeId,
+    /// This run of the node.
+    pub incarnation: Uuid,
+    /// Uid of the pod, or whatever else outlives the process.
+    pub pod_uid: String,
+    /// `host:port` of its internal listener.
+    pub address: String,
+    /// Zone, empty when unknown.
+    pub zone: String,
+    /// What the member is doing.
+    pub state: MemberState,
+    /// Its lease has not ended by the database's clock.
+    pub live: bool,
+    /// Slots it owns.
+    pub slots_owned: u16,
+    /// Its load when it last renewed; `null` before the first sample.
+    pub load: Option<LoadSample>,
+    /// Age of that sample in milliseconds.
+    pub load_age_ms: u64,
+}
+
+/// What a member is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum MemberState {
+    /// Owns slots and accepts clients.
+    #[default]
+    Active,
+    /// Hands its slots over and then closes its client sockets.
+    Draining,
+    /// Owns nothing and has no clients: its process may be ended.
+    Drained,
+}
+
+impl MemberState {
+    /// The spelling in the store and in JSON.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "Active",
+            Self::Draining => "Draining",
+            Self::Drained => "Drained",
+        }
+    }
+
+    /// Parses the spelling of [`MemberState::as_str`].
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Active, Self::Draining, Self::Drained]
+            .into_iter()
+            .find(|state| state.as_str() == text)
+    }
+}
+
+/// The load of one node, sampled when it renews its lease.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadSample {
+    /// Client sockets that are open on this node's edge.
+    pub connections: u32,
+    /// Documents open at their owner here.
+    pub documents: u32,
+    /// Resident memory of the process in bytes.
+    pub resident_bytes: u64,
+}
+
+/// Asks for a new term.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TermRequest {
+    /// Who will act under it, for humans.
+    pub holder: String,
+}
+
+/// A term that nobody else has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TermGranted {
+    /// Greater than every term granted before.
+    pub term: Term,
+}
+
+/// The answer 409: a newer term exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TermRefused {
+    /// The newest term.
+    pub current: Term,
+}
+
+/// What the planner wants: which node is to own which slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlacementRequest {
+    /// The term the operator acts under.
+    pub term: Term,
+    /// Names of nodes, referred to by index.
+    pub nodes: Vec<NodeId>,
+    /// `slots[slot]` is an index into [`PlacementRequest::nodes`]; length = number of slots.
+    pub slots: Vec<u16>,
+}
+
+/// Starts or ends the drain of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainRequest {
+    /// The term the operator acts under.
+    pub term: Term,
+    /// The node.
+    pub node: NodeId,
+    /// `false` takes a drain back.
+    pub drain: bool,
+}

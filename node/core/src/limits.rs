@@ -1,0 +1,85 @@
+//! Every bound and timing of the data plane, with compile-time checks of how they relate.
+//!
+//! Lengths are bytes unless the name says otherwise.
+
+use std::time::Duration;
+
+/// Longest document id.
+pub const DOCUMENT_ID_BYTES_MAX: usize = 255;
+/// Slots of a cluster unless it was created with another number.
+pub const SLOTS_DEFAULT: u16 = 1024;
+/// Fewest slots of a cluster.
+pub const SLOTS_MIN: u16 = 256;
+/// Most slots of a cluster.
+pub const SLOTS_MAX: u16 = 16384;
+/// Points of a node on the ring.
+pub const POINTS_PER_NODE: u32 = 256;
+
+/// Largest WebSocket message a client may send.
+pub const FRAME_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Deepest nesting of values inside one update.
+pub const UPDATE_DEPTH_MAX: usize = 64;
+/// Most structs (blocks) in one update.
+pub const UPDATE_STRUCTS_MAX: u64 = 1_000_000;
+/// Most ranges in the delete set of one update.
+pub const UPDATE_DELETE_RANGES_MAX: u64 = 1_000_000;
+/// Largest client id: 53 bits, the integers that JavaScript has exactly.
+pub const CLIENT_ID_MAX: u64 = (1 << 53) - 1;
+/// A clock plus a length stays below this.
+pub const CLOCK_END_MAX: u64 = 1 << 31;
+/// Most clients in a state vector that a peer sends.
+pub const STATE_VECTOR_CLIENTS_MAX: u64 = 1_000_000;
+/// Largest awareness state (JSON) of one client.
+pub const AWARENESS_BYTES_MAX: usize = 64 * 1024;
+/// Most entries in one awareness message.
+pub const AWARENESS_CLIENTS_MAX: u64 = 10_000;
+
+/// Most updates in one commit.
+pub const BATCH_UPDATES_MAX: usize = 1_000;
+/// Most bytes in one commit.
+pub const BATCH_BYTES_MAX: usize = 1024 * 1024;
+/// Batches that a node may have in flight, never two that share a slot.
+pub const BATCHES_IN_FLIGHT_MAX: usize = 2;
+/// Updates of one document that may wait for their commit before its sockets are no longer read.
+pub const UNCOMMITTED_UPDATES_MAX: usize = 1_000;
+/// Bytes of one document that may wait for their commit before its sockets are no longer read.
+pub const UNCOMMITTED_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Log rows after the newest snapshot that make a new one due.
+pub const SNAPSHOT_AFTER_UPDATES: i64 = 500;
+/// Snapshots of a document that are kept.
+pub const SNAPSHOTS_KEPT: i64 = 2;
+
+/// How long a member owns its slots after a renewal.
+pub const LEASE: Duration = Duration::from_millis(2_000);
+/// Between two renewals.
+pub const LEASE_RENEW_EVERY: Duration = Duration::from_millis(500);
+/// Without a renewal for this long an owner stops acknowledging.
+pub const STOP_OWNING_AFTER: Duration = Duration::from_millis(1_700);
+/// A member adopts only after its renewals have succeeded for this long without a gap.
+pub const ADOPT_AFTER_STEADY: Duration = Duration::from_millis(2_500);
+/// Between the candidates of a slot: the first adopts at once, the second this much later.
+pub const ADOPTION_STAGGER: Duration = Duration::from_millis(150);
+/// Between two looks at the map.
+pub const MAP_POLL_EVERY: Duration = Duration::from_millis(250);
+/// How long a claim waits for a slot's row before it ends the sessions of the fenced owner.
+pub const CLAIM_LOCK_TIMEOUT: Duration = Duration::from_millis(300);
+/// Slots that are handed over at the same time.
+pub const HANDOFF_CONCURRENCY: usize = 16;
+/// A drained node closes its sockets at this rate per second.
+pub const DRAIN_CLOSES_PER_SECOND: u32 = 200;
+/// A presence entry that was not renewed for this long is gone.
+pub const AWARENESS_EXPIRY: Duration = Duration::from_secs(30);
+/// A socket that got no frame for this long is sent an empty awareness message.
+pub const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
+/// An open document that nobody is attached to is closed after this time.
+pub const UNLOAD_AFTER: Duration = Duration::from_secs(30);
+
+// An owner would still acknowledge when others may adopt (the log would refuse it).
+const _: () = assert!(STOP_OWNING_AFTER.as_millis() < LEASE.as_millis());
+// A single lost renewal must not end a lease.
+const _: () = assert!(LEASE_RENEW_EVERY.as_millis() * 3 <= LEASE.as_millis());
+// Else a node that was cut off itself would adopt as soon as the store answers again.
+const _: () = assert!(LEASE.as_millis() < ADOPT_AFTER_STEADY.as_millis());
+// The y-websocket client drops a socket after 30 s of silence.
+const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
+const _: () = assert!(SLOTS_MIN.is_power_of_two() && SLOTS_MAX.is_power_of_two());
