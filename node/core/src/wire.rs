@@ -3,6 +3,7 @@
 //! Parsing borrows from the frame and trusts nothing in it; encoding makes exactly one message for
 //! each frame, because y-websocket 3 reads only the first.
 
+pub mod awareness;
 pub mod json;
 pub mod relay;
 pub mod varint;

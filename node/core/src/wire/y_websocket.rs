@@ -6,7 +6,7 @@
 //! | type | body |
 //! |--|--|
 //! | 0 sync | 0 + state vector (step 1), 1 + update (step 2), 2 + update; each a byte array |
-//! | 1 awareness | byte array: number of entries, then client id, clock, JSON for each |
+//! | 1 awareness | byte array, see [`super::awareness`] |
 //! | 2 auth | 0 + reason: permission denied; only ever sent by a server |
 //! | 3 query awareness | nothing |
 //! | 102 saved | byte array, returned unchanged when all that came before it is durable |
@@ -15,9 +15,9 @@
 
 use bytes::Bytes;
 
-use super::json::is_json;
+use super::awareness::{self, AwarenessError, Entries};
 use super::varint::{ReadError, Reader, write_var_bytes, write_var_uint};
-use crate::limits::{AWARENESS_BYTES_MAX, AWARENESS_CLIENTS_MAX, SAVED_BYTES_MAX};
+use crate::limits::SAVED_BYTES_MAX;
 
 const SYNC: u64 = 0;
 const AWARENESS: u64 = 1;
@@ -35,7 +35,7 @@ const PERMISSION_DENIED: u64 = 0;
 pub const KEEPALIVE: &[u8] = &[1, 1, 0];
 
 /// One message of a frame; what it carries is borrowed from the frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message<'a> {
     /// "This is what I have": asks for a step 2 with the rest.
     SyncStep1 {
@@ -52,8 +52,8 @@ pub enum Message<'a> {
         /// Encoded update (V1).
         update: &'a [u8],
     },
-    /// Presence of one or more clients.
-    Awareness(Awareness<'a>),
+    /// Presence of any number of clients.
+    Awareness(Entries<'a>),
     /// The server refuses what the client wants.
     PermissionDenied {
         /// For the log of the client.
@@ -81,20 +81,15 @@ pub enum FrameError {
     /// The frame breaks the protocol. Close the socket (1007).
     #[error("malformed message: {0}")]
     Malformed(#[from] ReadError),
-    /// A client's presence that other clients could not parse. Close the socket (1007).
-    #[error("presence of client {client} is not JSON, or nested too deep")]
-    PresenceNotJson {
-        /// The client that the entry is about.
-        client: u64,
+    /// What a client asks to have returned is too large. Close the socket (1009).
+    #[error("payload of a saved message has {bytes} bytes, more than {SAVED_BYTES_MAX}")]
+    SavedTooLarge {
+        /// Its length.
+        bytes: usize,
     },
-    /// Something in it is larger than allowed. Close the socket (1009).
-    #[error("{what} is larger than {max}")]
-    TooLarge {
-        /// What is.
-        what: &'static str,
-        /// The largest that is allowed.
-        max: u64,
-    },
+    /// The presence in it is not fit for other clients. Close the socket as the error says.
+    #[error("presence: {0}")]
+    Awareness(#[from] AwarenessError),
 }
 
 impl FrameError {
@@ -136,7 +131,7 @@ impl<'a> Message<'a> {
     fn read(reader: &mut Reader<'a>) -> Result<Self, FrameError> {
         match reader.var_uint()? {
             SYNC => Self::read_sync(reader),
-            AWARENESS => Ok(Self::Awareness(Awareness::parse(reader.var_bytes()?)?)),
+            AWARENESS => Ok(Self::Awareness(awareness::parse(reader.var_bytes()?)?)),
             AUTH => match reader.var_uint()? {
                 PERMISSION_DENIED => Ok(Self::PermissionDenied {
                     reason: reader.var_str()?,
@@ -146,11 +141,11 @@ impl<'a> Message<'a> {
             QUERY_AWARENESS => Ok(Self::QueryAwareness),
             SAVED => {
                 let payload = reader.var_bytes()?;
-                at_most(
-                    "payload of a saved message",
-                    payload.len() as u64,
-                    SAVED_BYTES_MAX as u64,
-                )?;
+                if payload.len() > SAVED_BYTES_MAX {
+                    return Err(FrameError::SavedTooLarge {
+                        bytes: payload.len(),
+                    });
+                }
                 Ok(Self::Saved { payload })
             }
             kind => Err(FrameError::Unknown { kind }),
@@ -173,108 +168,6 @@ impl<'a> Message<'a> {
     }
 }
 
-/// Presence that was checked: each entry is whole and has JSON that clients can parse.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Awareness<'a> {
-    payload: &'a [u8],
-}
-
-/// What is known of one client's presence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AwarenessEntry<'a> {
-    /// Id of the client, as in the document.
-    pub client: u64,
-    /// Version of the entry. A newer one replaces an older, and a "gone" one of the same clock.
-    pub clock: u32,
-    /// State in JSON; `null` when the client is gone.
-    pub state: &'a str,
-}
-
-impl<'a> Awareness<'a> {
-    /// Checks the payload of an awareness message.
-    ///
-    /// # Errors
-    /// When it is malformed or larger than the limits, or a state is not JSON.
-    pub fn parse(payload: &'a [u8]) -> Result<Self, FrameError> {
-        let mut reader = Reader::new(payload);
-        let count = reader.var_uint()?;
-        at_most("number of presence entries", count, AWARENESS_CLIENTS_MAX)?;
-        for _ in 0..count {
-            let entry = AwarenessEntry::read(&mut reader)?;
-            at_most(
-                "presence of a client",
-                entry.state.len() as u64,
-                AWARENESS_BYTES_MAX as u64,
-            )?;
-            if !is_json(entry.state) {
-                return Err(FrameError::PresenceNotJson {
-                    client: entry.client,
-                });
-            }
-        }
-        Ok(Self { payload })
-    }
-
-    /// The bytes as they came, for a message of other clients.
-    pub fn payload(&self) -> &'a [u8] {
-        self.payload
-    }
-
-    /// The entries, in their order.
-    pub fn entries(&self) -> impl Iterator<Item = AwarenessEntry<'a>> + use<'a> {
-        let mut reader = Reader::new(self.payload);
-        // Cannot fail, as it did not in `parse`.
-        let count = reader.var_uint().unwrap_or_default();
-        (0..count).map_while(move |_| AwarenessEntry::read(&mut reader).ok())
-    }
-}
-
-impl<'a> AwarenessEntry<'a> {
-    /// Says that a client is gone. `clock` is that of its last entry, so that the client, should it
-    /// still be there, comes back with its next one.
-    pub fn gone(client: u64, clock: u32) -> Self {
-        Self {
-            client,
-            clock,
-            state: "null",
-        }
-    }
-
-    /// Whether the client is gone.
-    pub fn is_gone(&self) -> bool {
-        self.state == "null"
-    }
-
-    fn read(reader: &mut Reader<'a>) -> Result<Self, FrameError> {
-        let client = reader.var_uint()?;
-        let clock = reader.var_uint()?;
-        let clock = u32::try_from(clock).map_err(|_| FrameError::TooLarge {
-            what: "clock of a presence entry",
-            max: u32::MAX.into(),
-        })?;
-        Ok(Self {
-            client,
-            clock,
-            state: reader.var_str()?,
-        })
-    }
-}
-
-/// Payload of an awareness message with these entries.
-pub fn awareness_payload<'a>(entries: impl IntoIterator<Item = AwarenessEntry<'a>>) -> Vec<u8> {
-    let (mut count, mut written) = (0, Vec::new());
-    for entry in entries {
-        count += 1;
-        write_var_uint(&mut written, entry.client);
-        write_var_uint(&mut written, entry.clock.into());
-        write_var_bytes(&mut written, entry.state.as_bytes());
-    }
-    let mut payload = Vec::with_capacity(written.len() + 2);
-    write_var_uint(&mut payload, count);
-    payload.extend_from_slice(&written);
-    payload
-}
-
 /// Frame that asks for what the receiver has beyond `state_vector`.
 pub fn sync_step1(state_vector: &[u8]) -> Bytes {
     frame(&[SYNC, STEP_1], state_vector)
@@ -290,7 +183,7 @@ pub fn update(update: &[u8]) -> Bytes {
     frame(&[SYNC, UPDATE], update)
 }
 
-/// Frame of presence; see [`awareness_payload`].
+/// Frame of presence; see [`super::awareness::encode`].
 pub fn awareness(payload: &[u8]) -> Bytes {
     frame(&[AWARENESS], payload)
 }
@@ -319,20 +212,11 @@ fn frame(kinds: &[u64], body: &[u8]) -> Bytes {
     out.into()
 }
 
-fn at_most(what: &'static str, size: u64, max: u64) -> Result<(), FrameError> {
-    if size <= max {
-        Ok(())
-    } else {
-        Err(FrameError::TooLarge { what, max })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
     use yrs::StateVector;
-    use yrs::sync::{AwarenessUpdate, Message as TheirMessage, SyncMessage};
-    use yrs::updates::decoder::Decode;
+    use yrs::sync::{Message as TheirMessage, SyncMessage};
     use yrs::updates::encoder::Encode;
 
     use super::*;
@@ -349,7 +233,10 @@ mod tests {
             ),
             (&[3], Message::QueryAwareness),
             (&[102, 1, 7], Message::Saved { payload: &[7] }),
-            (KEEPALIVE, Message::Awareness(Awareness { payload: &[0] })),
+            (
+                KEEPALIVE,
+                Message::Awareness(awareness::parse(&[0]).unwrap()),
+            ),
         ];
         for (frame, message) in read {
             assert_eq!(parse(frame).collect::<Vec<_>>(), [Ok(message)], "{frame:?}");
@@ -408,10 +295,11 @@ mod tests {
             (&[0, 0], truncated.clone()),
             (&[0, 2, 4, 1, 2, 3], truncated.clone()),
             (&[0x80, 0x00], FrameError::Malformed(ReadError::Integer)),
+            (
+                &[1, 4, 1, 5, 1, 9],
+                FrameError::Awareness(AwarenessError::Malformed(ReadError::Truncated)),
+            ),
             (&[2, 0, 1, 0xFF], FrameError::Malformed(ReadError::Utf8)),
-            (&[1, 0], truncated.clone()),
-            (&[1, 1, 1], truncated.clone()),
-            (&[1, 4, 1, 5, 1, 9], truncated.clone()),
         ] {
             let error = parse(frame).next().unwrap().unwrap_err();
             assert_eq!(error, expected, "{frame:?}");
@@ -420,61 +308,32 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_bounded() {
-        let too_large =
-            |frame: &[u8]| matches!(parse(frame).next(), Some(Err(FrameError::TooLarge { .. })));
-        assert!(!too_large(&saved(&[0; SAVED_BYTES_MAX])));
-        assert!(too_large(&saved(&[0; SAVED_BYTES_MAX + 1])));
-
-        let of_length = |len: usize| format!("\"{}\"", "a".repeat(len - 2));
-        let state = |len| {
-            awareness(&awareness_payload([AwarenessEntry {
-                client: 1,
-                clock: 1,
-                state: &of_length(len),
-            }]))
-        };
-        assert!(!too_large(&state(AWARENESS_BYTES_MAX)));
-        assert!(too_large(&state(AWARENESS_BYTES_MAX + 1)));
-
-        // 4 bytes that declare many entries.
-        let mut many = Vec::new();
-        write_var_uint(&mut many, AWARENESS_CLIENTS_MAX + 1);
-        assert!(too_large(&awareness(&many)));
-
-        let mut clock = vec![1, 5];
-        write_var_uint(&mut clock, 1 << 32);
-        assert!(too_large(&awareness(&clock)));
+    fn payloads_to_return_are_bounded() {
+        assert!(parse(&saved(&[0; SAVED_BYTES_MAX])).all(|message| message.is_ok()));
+        let frame = saved(&[0; SAVED_BYTES_MAX + 1]);
+        let too_large = parse(&frame).next();
+        assert_eq!(
+            too_large,
+            Some(Err(FrameError::SavedTooLarge {
+                bytes: SAVED_BYTES_MAX + 1
+            }))
+        );
     }
 
     #[test]
-    fn presence_that_breaks_other_clients_is_refused() {
-        for state in ["", "{", "undefined", &"[".repeat(5_000)] {
-            let frame = awareness(&awareness_payload([AwarenessEntry {
-                client: 5,
-                clock: 1,
-                state,
-            }]));
-            let error = parse(&frame).next().unwrap().unwrap_err();
-            assert_eq!(error, FrameError::PresenceNotJson { client: 5 });
-        }
-    }
-
-    #[test]
-    fn a_client_that_left_is_nulled_under_its_last_clock() {
-        let payload =
-            awareness_payload([AwarenessEntry::gone(1, 7), AwarenessEntry::gone(1 << 40, 0)]);
-        let theirs = AwarenessUpdate::decode_v1(&payload).unwrap();
-        let entries: Vec<_> = Awareness::parse(&payload).unwrap().entries().collect();
-        assert!(entries.iter().all(AwarenessEntry::is_gone));
-        assert_eq!(theirs.clients.len(), 2);
-        for entry in entries {
-            let their_entry = &theirs.clients[&yrs::block::ClientID::new(entry.client)];
-            assert_eq!(
-                (their_entry.clock, &*their_entry.json),
-                (entry.clock, entry.state)
-            );
-        }
+    fn presence_that_breaks_other_clients_is_a_violation() {
+        let payload = awareness::encode([awareness::Entry {
+            client: 5,
+            clock: 1,
+            json: "{",
+        }]);
+        let frame = awareness(&payload);
+        let error = parse(&frame).next().unwrap().unwrap_err();
+        assert_eq!(
+            error,
+            FrameError::Awareness(AwarenessError::NotJson { client: 5 })
+        );
+        assert!(error.is_violation());
     }
 
     #[test]
@@ -506,23 +365,6 @@ mod tests {
             ] {
                 prop_assert_eq!(messages(&frame), [message]);
             }
-        }
-
-        #[test]
-        fn presence_survives(
-            entries in proptest::collection::vec((0..=crate::limits::CLIENT_ID_MAX, any::<u32>(), "[a-zä😀]*"), 0..5)
-        ) {
-            let states: Vec<String> = entries.iter().map(|(.., name)| format!("{{\"name\":\"{name}\"}}")).collect();
-            let entries: Vec<_> = entries
-                .iter()
-                .zip(&states)
-                .map(|((client, clock, _), state)| AwarenessEntry { client: *client, clock: *clock, state })
-                .collect();
-            let payload = awareness_payload(entries.iter().copied());
-            let frame = awareness(&payload);
-            let [Message::Awareness(read)] = messages(&frame)[..] else { panic!("one message") };
-            prop_assert_eq!(read.payload(), &payload);
-            prop_assert_eq!(read.entries().collect::<Vec<_>>(), entries);
         }
 
         /// Nothing in a frame panics, and whatever is understood lies inside the frame.
