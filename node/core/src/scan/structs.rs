@@ -1,0 +1,405 @@
+//! The structs of a section, one after the other.
+//!
+//! ```text
+//! info, then   GC (0) and Skip (10):  length
+//!              item (1 to 9):         origin?, right origin?,
+//!                                     without origins: 1 + root name or 0 + id of the parent, key?
+//!                                     content
+//! ```
+//!
+//! The low five bits of `info` are the kind, which for an item is its content; the high bits tell
+//! which of the optional fields there are (128 origin, 64 right origin, 32 key). An id is a client
+//! and a clock. Lengths of content are clocks: each UTF-16 unit of a text, each value of an array,
+//! and one for everything else.
+
+use yrs::Any;
+
+use super::{ScanError, Summary};
+use crate::limits::{CLOCK_END_MAX, UPDATE_DEPTH_MAX, UPDATE_SUBDOCUMENTS_MAX, UPDATE_VALUES_MAX};
+use crate::wire::json;
+use crate::wire::varint::{ReadError, Reader};
+
+const GC: u8 = 0;
+const SKIP: u8 = 10;
+const KIND: u8 = 0b0001_1111;
+const HAS_ORIGIN: u8 = 0b1000_0000;
+const HAS_RIGHT_ORIGIN: u8 = 0b0100_0000;
+const HAS_KEY: u8 = 0b0010_0000;
+
+/// Map in the encoding of JSON-like values.
+const ANY_MAP: u8 = 118;
+
+/// A clock of a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Id {
+    /// The client.
+    pub client: u64,
+    /// Its clock.
+    pub clock: u32,
+}
+
+/// What the causal check needs to know of a struct.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Struct {
+    /// Clock behind its last.
+    pub(super) end: u32,
+    /// Whether it only stands for clocks that were left out.
+    pub(super) is_skip: bool,
+    /// What it refers to: its origins, or its parent when that is not a root.
+    pub(super) refers_to: [Option<Id>; 2],
+}
+
+/// The first reading of an update checks everything, the later ones only find their way.
+pub(super) enum Pass<'s> {
+    Check(&'s mut Summary),
+    Walk,
+}
+
+/// The rest of an update.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Source<'a> {
+    reader: Reader<'a>,
+    bytes: usize,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self {
+            reader: Reader::new(bytes),
+            bytes: bytes.len(),
+        }
+    }
+
+    /// How many bytes were read.
+    fn position(&self) -> usize {
+        self.bytes - self.reader.rest().len()
+    }
+
+    /// What was read since `self`, to where `end` stands.
+    pub(super) fn up_to(&self, end: &Self) -> &'a [u8] {
+        let rest = self.reader.rest();
+        &rest[..rest.len() - end.reader.rest().len()]
+    }
+
+    pub(super) fn malformed(&self, what: &'static str) -> ScanError {
+        ScanError::Malformed {
+            at: self.position(),
+            what,
+        }
+    }
+
+    fn unsupported(&self, what: &'static str) -> ScanError {
+        ScanError::Unsupported {
+            at: self.position(),
+            what,
+        }
+    }
+
+    fn read<T>(
+        &mut self,
+        read: impl FnOnce(&mut Reader<'a>) -> Result<T, ReadError>,
+    ) -> Result<T, ScanError> {
+        read(&mut self.reader).map_err(|error| {
+            self.malformed(match error {
+                ReadError::Truncated => "it ends inside a value",
+                ReadError::Integer => "an integer that is too long or too large",
+                ReadError::Utf8 => "text that is not UTF-8",
+            })
+        })
+    }
+
+    pub(super) fn end(&self) -> Result<(), ScanError> {
+        if self.reader.is_empty() {
+            Ok(())
+        } else {
+            Err(self.malformed("bytes behind its end"))
+        }
+    }
+
+    /// Reads how many of something follow, of which each takes at least `bytes_min`.
+    pub(super) fn count(
+        &mut self,
+        what: &'static str,
+        max: u64,
+        bytes_min: usize,
+    ) -> Result<u64, ScanError> {
+        let count = self.read(Reader::var_uint)?;
+        if count > (self.reader.rest().len() / bytes_min) as u64 {
+            return Err(self.malformed("a count of more than there are bytes for"));
+        }
+        if count > max {
+            return Err(ScanError::TooMany { what, max });
+        }
+        Ok(count)
+    }
+
+    pub(super) fn client(&mut self) -> Result<u64, ScanError> {
+        self.read(Reader::var_uint)
+    }
+
+    pub(super) fn clock(&mut self) -> Result<u32, ScanError> {
+        let clock = self.read(Reader::var_uint)?;
+        self.checked_clock(clock)
+    }
+
+    fn checked_clock(&self, clock: u64) -> Result<u32, ScanError> {
+        let in_range = clock < CLOCK_END_MAX;
+        u32::try_from(clock)
+            .ok()
+            .filter(|_| in_range)
+            .ok_or_else(|| self.malformed("a clock of 2^31 or more"))
+    }
+
+    pub(super) fn id(&mut self) -> Result<Id, ScanError> {
+        Ok(Id {
+            client: self.client()?,
+            clock: self.clock()?,
+        })
+    }
+
+    /// Reads a length and gives the clock where what starts at `start` ends.
+    pub(super) fn end_of(&mut self, start: u32) -> Result<u32, ScanError> {
+        let len = self.read(Reader::var_uint)?;
+        self.clock_behind(start, len)
+    }
+
+    fn clock_behind(&self, start: u32, len: u64) -> Result<u32, ScanError> {
+        if len == 0 {
+            return Err(self.malformed("a length of 0"));
+        }
+        self.checked_clock(u64::from(start).saturating_add(len))
+    }
+
+    /// Reads the struct at `id`.
+    pub(super) fn read_struct(&mut self, id: Id, pass: &mut Pass<'_>) -> Result<Struct, ScanError> {
+        let info = self.read(Reader::byte)?;
+        match info & KIND {
+            GC | SKIP if info != info & KIND => {
+                Err(self.malformed("a placeholder with flags of an item"))
+            }
+            GC => {
+                let end = self.end_of(id.clock)?;
+                Ok(Struct {
+                    end,
+                    is_skip: false,
+                    refers_to: [None, None],
+                })
+            }
+            SKIP => {
+                let end = self.end_of(id.clock)?;
+                if let Pass::Check(summary) = pass {
+                    summary.skips += 1;
+                }
+                Ok(Struct {
+                    end,
+                    is_skip: true,
+                    refers_to: [None, None],
+                })
+            }
+            kind => {
+                let refers_to = self.read_references(id, info, pass)?;
+                let len = self.read_content(kind, pass)?;
+                let end = self.clock_behind(id.clock, len)?;
+                Ok(Struct {
+                    end,
+                    is_skip: false,
+                    refers_to,
+                })
+            }
+        }
+    }
+
+    fn read_references(
+        &mut self,
+        id: Id,
+        info: u8,
+        pass: &mut Pass<'_>,
+    ) -> Result<[Option<Id>; 2], ScanError> {
+        let refers_to = if info & (HAS_ORIGIN | HAS_RIGHT_ORIGIN) == 0 {
+            let parent = match self.read(Reader::var_uint)? {
+                0 => Some(self.id()?),
+                1 => {
+                    self.text(pass)?;
+                    None
+                }
+                _ => return Err(self.malformed("a parent of unknown kind")),
+            };
+            if info & HAS_KEY != 0 {
+                self.text(pass)?;
+            }
+            [parent, None]
+        } else {
+            let origin = if info & HAS_ORIGIN == 0 {
+                None
+            } else {
+                Some(self.id()?)
+            };
+            let right_origin = if info & HAS_RIGHT_ORIGIN == 0 {
+                None
+            } else {
+                Some(self.id()?)
+            };
+            [origin, right_origin]
+        };
+        if refers_to
+            .iter()
+            .flatten()
+            .any(|to| to.client == id.client && to.clock >= id.clock)
+        {
+            return Err(self.malformed("a struct that refers to itself or what follows it"));
+        }
+        Ok(refers_to)
+    }
+
+    /// Reads the content of an item and gives its length in clocks.
+    fn read_content(&mut self, kind: u8, pass: &mut Pass<'_>) -> Result<u64, ScanError> {
+        match kind {
+            // Deleted
+            1 => return self.read(Reader::var_uint),
+            // JSON, replaced by Any before Yjs 13.0. `yrs` reads one string too many.
+            2 => return Err(self.unsupported("content of an obsolete kind (JSON)")),
+            // Binary
+            3 => {
+                self.read(Reader::var_bytes)?;
+            }
+            // String
+            4 => return Ok(utf16_len(self.text(pass)?)),
+            // Embed
+            5 => self.json(pass)?,
+            // Format
+            6 => {
+                self.text(pass)?;
+                self.json(pass)?;
+            }
+            // Type
+            7 => {
+                if let Pass::Check(summary) = pass {
+                    summary.types += 1;
+                }
+                match self.read(Reader::byte)? {
+                    // Array, Map, Text, XmlFragment, XmlText
+                    0 | 1 | 2 | 4 | 6 => {}
+                    // XmlElement with its name
+                    3 => {
+                        self.text(pass)?;
+                    }
+                    // `yrs` reads and writes it without its name.
+                    5 => return Err(self.unsupported("an XML hook")),
+                    7 => return Err(self.unsupported("a weak link")),
+                    _ => return Err(self.malformed("a shared type of unknown kind")),
+                }
+            }
+            // Any
+            8 => {
+                let count = self.count("values", u64::MAX, 1)?;
+                for _ in 0..count {
+                    self.value(0, pass)?;
+                }
+                return Ok(count);
+            }
+            // Doc, with its options in a map, without which Yjs fails
+            9 => {
+                if let Pass::Check(summary) = pass {
+                    add(
+                        &mut summary.subdocuments,
+                        "subdocuments",
+                        UPDATE_SUBDOCUMENTS_MAX,
+                    )?;
+                }
+                self.text(pass)?;
+                if self.reader.rest().first() != Some(&ANY_MAP) {
+                    return Err(self.malformed("a subdocument without options"));
+                }
+                self.value(0, pass)?;
+            }
+            _ => return Err(self.malformed("content of unknown kind")),
+        }
+        Ok(1)
+    }
+
+    /// Reads a JSON-like value inside `depth` others.
+    fn value(&mut self, depth: usize, pass: &mut Pass<'_>) -> Result<(), ScanError> {
+        if let Pass::Check(summary) = pass {
+            add(&mut summary.values, "values", UPDATE_VALUES_MAX)?;
+        }
+        let kind = self.read(Reader::byte)?;
+        match kind {
+            // undefined, null, true, false
+            127 | 126 | 121 | 120 => {}
+            // integer
+            125 => {
+                self.read(Reader::var_int)?;
+            }
+            // 32-bit float
+            124 => {
+                self.read(|reader| reader.take(4))?;
+            }
+            // 64-bit float, bigint
+            123 | 122 => {
+                self.read(|reader| reader.take(8))?;
+            }
+            119 => {
+                self.text(pass)?;
+            }
+            ANY_MAP | 117 => {
+                if depth == UPDATE_DEPTH_MAX {
+                    return Err(self.malformed("values nested too deep"));
+                }
+                let is_map = kind == ANY_MAP;
+                let bytes_min = if is_map { 2 } else { 1 };
+                for _ in 0..self.count("values", u64::MAX, bytes_min)? {
+                    if is_map {
+                        self.text(pass)?;
+                    }
+                    self.value(depth + 1, pass)?;
+                }
+            }
+            // bytes
+            116 => {
+                self.read(Reader::var_bytes)?;
+            }
+            _ => return Err(self.malformed("a value of unknown kind")),
+        }
+        Ok(())
+    }
+
+    fn text(&mut self, pass: &Pass<'_>) -> Result<&'a [u8], ScanError> {
+        match pass {
+            Pass::Check(_) => self.read(|reader| reader.var_str().map(str::as_bytes)),
+            Pass::Walk => self.read(Reader::var_bytes),
+        }
+    }
+
+    /// Reads JSON in a string, which has to be fit for `yrs` too: it keeps it parsed.
+    fn json(&mut self, pass: &Pass<'_>) -> Result<(), ScanError> {
+        if matches!(pass, Pass::Walk) {
+            self.read(Reader::var_bytes)?;
+            return Ok(());
+        }
+        let text = self.read(Reader::var_str)?;
+        if !json::is_json(text) {
+            return Err(self.malformed("an embed or format that is not JSON, or nested too deep"));
+        }
+        match Any::from_json(text) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(self.unsupported(
+                "an embed or format with half a surrogate pair or too large a number",
+            )),
+        }
+    }
+}
+
+fn add(total: &mut u64, what: &'static str, max: u64) -> Result<(), ScanError> {
+    *total += 1;
+    if *total <= max {
+        Ok(())
+    } else {
+        Err(ScanError::TooMany { what, max })
+    }
+}
+
+/// Length in UTF-16 units, of UTF-8: one for each character, two for those of four bytes.
+fn utf16_len(text: &[u8]) -> u64 {
+    let units = |byte: &u8| u64::from(*byte & 0xC0 != 0x80) + u64::from(*byte >= 0xF0);
+    text.iter().map(units).sum()
+}
