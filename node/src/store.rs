@@ -1,0 +1,412 @@
+//! What may not be lost: log, snapshots, documents, members and slots.
+//!
+//! The trait says what each call promises; it takes no decision of its own. [`postgres`] serves a
+//! cluster, [`sqlite`] one process. Every write to a document is *one* autocommit statement that
+//! locks the slot's row where slot, epoch and incarnation all match, so that a node which lost a
+//! slot cannot write to it, however late its statement arrives (the write rule).
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use collab_core::control::{LoadSample, MemberState, StoreReport};
+use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
+use uuid::Uuid;
+
+mod integrity;
+pub mod postgres;
+pub mod sqlite;
+
+/// The right under which a slot's documents are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ownership {
+    /// The slot.
+    pub slot: Slot,
+    /// The version of its ownership.
+    pub epoch: Epoch,
+    /// The process that owns it.
+    pub incarnation: Uuid,
+}
+
+/// One update on its way into the log.
+#[derive(Clone, Debug)]
+pub struct Append {
+    /// The document.
+    pub document: DocumentId,
+    /// Its position, the one after the last.
+    pub seq: Seq,
+    /// The right to write it.
+    pub ownership: Ownership,
+    /// The client's bytes, as they came.
+    pub bytes: Bytes,
+    /// The user who wrote it, empty when unknown.
+    pub author: String,
+}
+
+/// What an append did, by batch. A slot that is in neither list does not occur.
+#[derive(Clone, Debug, Default)]
+pub struct Appended {
+    /// Slots that were held. The others are fenced: acknowledge nothing, drop their documents.
+    pub held: Vec<Slot>,
+    /// The keys that were inserted.
+    pub inserted: Vec<(DocumentId, Seq)>,
+}
+
+/// A row of the log, as asked for to resolve an unknown outcome.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrittenRow {
+    /// The document.
+    pub document: DocumentId,
+    /// Its position.
+    pub seq: Seq,
+    /// The epoch it was written under.
+    pub epoch: Epoch,
+    /// CRC-32C of the bytes.
+    pub crc32c: u32,
+}
+
+/// A document as it lies in the store.
+#[derive(Clone, Debug)]
+pub enum Loaded {
+    /// No document of this name was ever created.
+    Absent,
+    /// It was deleted; only an explicit creation brings the name back.
+    Deleted,
+    /// Its content: `snapshot` (a V1 update, verified) and then `log`, in order.
+    Live {
+        /// The life of the document.
+        room_epoch: RoomEpoch,
+        /// Newest snapshot that verifies.
+        snapshot: Option<StoredSnapshot>,
+        /// Every row after the snapshot (or after the base of this life), contiguous and with good checksums.
+        log: Vec<(Seq, Bytes)>,
+        /// Last position in the log; the next append has the one after it.
+        last: Seq,
+    },
+}
+
+/// A snapshot as it lies in the store.
+#[derive(Clone, Debug)]
+pub struct StoredSnapshot {
+    /// It contains every update up to and including this one.
+    pub seq: Seq,
+    /// V1 update of the whole state.
+    pub bytes: Bytes,
+}
+
+/// A snapshot to write. Insert only; an existing one of the same seq stays.
+#[derive(Clone, Debug)]
+pub struct NewSnapshot {
+    /// The document.
+    pub document: DocumentId,
+    /// The right to write it.
+    pub ownership: Ownership,
+    /// The life of the document.
+    pub room_epoch: RoomEpoch,
+    /// It contains every update up to and including this one; all of them are committed.
+    pub seq: Seq,
+    /// V1 update of the whole state.
+    pub bytes: Bytes,
+}
+
+/// A line of the list of documents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DocumentRow {
+    /// Its name.
+    pub id: DocumentId,
+    /// Milliseconds since 1970 (UTC) of its creation.
+    pub created_ms: i64,
+    /// Milliseconds since 1970 (UTC) of its newest update; of its creation when there is none.
+    pub updated_ms: i64,
+    /// Last position in the log.
+    pub seq: Seq,
+}
+
+/// How a fenced statement ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fence {
+    /// The slot was held and the statement did its work.
+    Held,
+    /// Another epoch or incarnation owns the slot; nothing was changed.
+    Fenced,
+}
+
+/// How a creation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Created {
+    /// It is new, or new again.
+    Created {
+        /// The life that began.
+        room_epoch: RoomEpoch,
+    },
+    /// A live document has that name.
+    Exists,
+    /// The slot is not held.
+    Fenced,
+}
+
+/// Whether a creation may bring a deleted name back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recreate {
+    /// Asked for by name: a deleted document begins a new life.
+    Allowed,
+    /// A side effect of opening: a deleted document stays deleted ([`Created::Exists`]).
+    Refused,
+}
+
+/// A process that wants to be a member.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// Its name.
+    pub node: NodeId,
+    /// This run of it; random.
+    pub incarnation: Uuid,
+    /// What outlives the process: the uid of its pod.
+    pub pod_uid: String,
+    /// `host:port` of its internal listener.
+    pub address: String,
+    /// Its zone, or empty.
+    pub zone: String,
+    /// Share of the slots in percent of a normal node.
+    pub weight: u32,
+}
+
+/// A registered process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its name.
+    pub node: NodeId,
+    /// This run of it.
+    pub incarnation: Uuid,
+    /// Uid of its pod.
+    pub pod_uid: String,
+    /// `host:port` of its internal listener.
+    pub address: String,
+    /// Its zone, or empty.
+    pub zone: String,
+    /// Share of the slots in percent of a normal node.
+    pub weight: u32,
+    /// What it is doing.
+    pub state: MemberState,
+    /// What remains of its lease by the store's clock; zero when it has ended.
+    pub lease_left: Duration,
+    /// Its last load sample.
+    pub load: Option<LoadSample>,
+    /// Age of that sample (= of the last renewal) by the store's clock.
+    pub load_age: Duration,
+}
+
+/// The answer to a renewal.
+#[derive(Clone, Debug)]
+pub struct Renewed {
+    /// Every registered process, this one too, in order of node name and incarnation.
+    pub members: Vec<Member>,
+    /// The newest term and when the placement last changed: read the placement anew when it differs.
+    pub placement_version: i64,
+    /// Timeline of the database.
+    pub timeline: String,
+}
+
+/// Who owns a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotRow {
+    /// The slot.
+    pub slot: Slot,
+    /// Its owner; `None` before the first.
+    pub owner: Option<Uuid>,
+    /// The version of its ownership.
+    pub epoch: Epoch,
+}
+
+/// Slots that changed.
+#[derive(Clone, Debug, Default)]
+pub struct MapChange {
+    /// Pass it to the next call: nothing that commits after this answer is missed.
+    pub horizon: i64,
+    /// The rows, in order of slot. The first call (horizon 0) has them all.
+    pub slots: Vec<SlotRow>,
+}
+
+/// Which slots a claim may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// Those without an owner, or whose owner's lease has ended or who is no member.
+    Orphaned,
+}
+
+/// What the planner wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// As in [`Renewed::placement_version`].
+    pub version: i64,
+    /// Node per slot, empty when no operator ever planned.
+    pub slots: Vec<NodeId>,
+}
+
+/// A call to the store that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Whether it took effect is not known. Ask again (reads), or resolve by reading (writes).
+    #[error("the store did not answer: {0}")]
+    Unavailable(#[source] sqlx::Error),
+    /// The store answered with something this version cannot use: stop and tell a person.
+    #[error("the store is not usable: {0}")]
+    Unusable(String),
+}
+
+/// A document that cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Its rows are damaged; it is degraded until a person repairs it. No other document is affected.
+    #[error("document {document} is damaged at seq {seq}: {reason}")]
+    Damaged {
+        /// The document.
+        document: DocumentId,
+        /// Where.
+        seq: Seq,
+        /// What was found.
+        reason: String,
+    },
+    /// The store failed; try again.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Durable storage of a cluster, or of one embedded node.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// Appends a batch in one statement (design: the write rule). At most one statement per slot may be in flight.
+    async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError>;
+
+    /// Reads which of these keys are in the log, with what, to resolve an unknown outcome.
+    async fn written(&self, keys: &[(DocumentId, Seq)]) -> Result<Vec<WrittenRow>, StoreError>;
+
+    /// Reads a document in one consistent view. Call it after the slot was claimed.
+    ///
+    /// # Errors
+    /// [`LoadError::Damaged`] when a row is missing, doubled or has a wrong checksum and no older
+    /// snapshot helps.
+    async fn load(&self, document: &DocumentId) -> Result<Loaded, LoadError>;
+
+    /// Creates a document (or a new life of a deleted one) under the fence.
+    async fn create(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        recreate: Recreate,
+    ) -> Result<Created, StoreError>;
+
+    /// Deletes content and log under the fence and leaves a tombstone with room epoch and last seq.
+    async fn delete(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        last: Seq,
+    ) -> Result<Fence, StoreError>;
+
+    /// Writes a snapshot under the fence; its hash covers the document id, room epoch and seq.
+    async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError>;
+
+    /// Under the fence: keeps the newest two snapshots and deletes log rows up to the older of them.
+    /// Does nothing while there are fewer than two.
+    async fn compact(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+    ) -> Result<Fence, StoreError>;
+
+    /// Lists live documents in order of id (by bytes), after `after`, at most `limit`.
+    async fn documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<DocumentRow>, StoreError>;
+
+    /// One live document.
+    async fn document(&self, document: &DocumentId) -> Result<Option<DocumentRow>, StoreError>;
+
+    /// Makes the process a member with a fresh lease, state Active, and removes earlier runs of the same pod uid (their
+    /// slots become orphaned at once). Creates the slot rows when there are none.
+    ///
+    /// # Errors
+    /// [`StoreError::Unusable`] when the cluster was created with another number of slots.
+    async fn register(
+        &self,
+        member: &Registration,
+        slots: u16,
+        lease: Duration,
+    ) -> Result<(), StoreError>;
+
+    /// Renews the lease. `None`: this incarnation is no member any more (superseded).
+    async fn renew(
+        &self,
+        incarnation: Uuid,
+        lease: Duration,
+        load: LoadSample,
+    ) -> Result<Option<Renewed>, StoreError>;
+
+    /// Says what the member is doing (its own state only; a drain asked for by the operator is [`Store::set_drain`]).
+    async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError>;
+
+    /// Ends the membership.
+    async fn leave(&self, incarnation: Uuid) -> Result<(), StoreError>;
+
+    /// The slots that changed since an earlier call; horizon 0 asks for all.
+    async fn map(&self, horizon: i64) -> Result<MapChange, StoreError>;
+
+    /// Takes slots whose state allows it: raises their epochs and returns what was taken. Bounded wait for locks
+    /// (`CLAIM_LOCK_TIMEOUT`), then ends the sessions of the fenced owners and tries once more.
+    async fn claim(
+        &self,
+        incarnation: Uuid,
+        slots: &[Slot],
+        claim: Claim,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError>;
+
+    /// Hands slots from their owner to another live member: raises their epochs; returns those that moved.
+    async fn hand_off(
+        &self,
+        from: &[Ownership],
+        to: Uuid,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError>;
+
+    /// What the planner wants now.
+    async fn placement(&self) -> Result<Placement, StoreError>;
+
+    /// Grants a term greater than every one before.
+    async fn take_term(&self, holder: &str) -> Result<Term, StoreError>;
+
+    /// Replaces the placement. `Err(current)` inside when the term is too old.
+    async fn set_placement(
+        &self,
+        term: Term,
+        slots: &[NodeId],
+    ) -> Result<Result<(), Term>, StoreError>;
+
+    /// Sets or clears the wish that a node drains (state Draining / Active). `Err(current)` inside when the term is too old.
+    async fn set_drain(
+        &self,
+        term: Term,
+        node: &NodeId,
+        drain: bool,
+    ) -> Result<Result<(), Term>, StoreError>;
+
+    /// The newest term, number of adopted slots since the cluster exists, highest map revision.
+    async fn summary(&self) -> Result<Summary, StoreError>;
+
+    /// Resolves when another session changed the map, or never: a hint to look before the next poll.
+    async fn map_changed(&self);
+}
+
+/// Numbers of the control API.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    /// Newest term.
+    pub term: Term,
+    /// Slots claimed from a lost owner.
+    pub adoptions: u64,
+    /// Highest map revision.
+    pub revision: i64,
+    /// About the database.
+    pub store: StoreReport,
+}

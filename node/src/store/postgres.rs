@@ -1,0 +1,1158 @@
+//! The store of a cluster: Postgres.
+//!
+//! A write is one autocommit statement, so that there is no moment between the check of a slot's
+//! owner and the write in which the owner could change: the statement locks the slot's row `for
+//! share`, a claim needs it `for no key update`, and therefore a claim waits for the writes under
+//! the old epoch, and writes that come later no longer find it.
+//!
+//! A statement that writes is never cancelled. Postgres answers a cancelled wait for its synchronous
+//! standby with success and a warning (01000) that the driver only logs. So write sessions have no
+//! `statement_timeout`; a call that takes too long is given up here, its session is closed, and its
+//! outcome is unknown.
+
+use std::collections::HashMap;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use collab_core::control::{LoadSample, MemberState, StoreReport};
+use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
+use collab_core::limits::{CLAIM_LOCK_TIMEOUT, SNAPSHOTS_KEPT};
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
+use sqlx::query::Query;
+use sqlx::types::Json;
+use sqlx::{Connection, PgConnection, Row};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
+use super::{
+    Append, Appended, Claim, Created, DocumentRow, Fence, LoadError, Loaded, MapChange, Member,
+    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewed, SlotRow, Store, StoreError,
+    StoredSnapshot, Summary, WrittenRow,
+};
+
+/// How long a call waits for a session: an outage is to be seen well within a lease.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
+/// After this time a call that writes or reads a document is given up.
+const DATA_TIMEOUT: Duration = Duration::from_secs(10);
+/// After this time a call about members and slots is given up.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two attempts to listen for changes of the map.
+const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// Sessions that append and change documents. Few: batches are large and at most two are in flight.
+const WRITE_SESSIONS: u32 = 4;
+/// Sessions for members and slots, apart from the others so that a renewal never waits behind a load.
+const CONTROL_SESSIONS: u32 = 3;
+/// Sessions that read documents.
+const READ_SESSIONS: u32 = 4;
+
+const MAP_CHANNEL: &str = "collab_map";
+
+/// The write rule: inserts the rows whose slots are held, and answers which slots those were.
+///
+/// `$1..$3` are the slots, epochs and incarnations that the batch claims to hold; `$4..$9` are the
+/// rows: the place of its slot in `$1` (from 1), document, seq, checksum, bytes, author. The answer
+/// has the held slots, and the documents and seqs of the rows that were inserted.
+///
+/// `for share` conflicts with the lock of a claim and lets appends of other documents of the slot
+/// pass; in order of slot, so that two batches cannot wait for each other.
+pub const APPEND: &str = "
+with want as (
+  select * from unnest($1::int[], $2::bigint[], $3::uuid[]) with ordinality as w(slot, epoch, incarnation, place)
+), held as materialized (
+  select w.place, s.slot, s.epoch from slot s join want w using (slot)
+  where s.epoch = w.epoch and s.owner = w.incarnation
+  order by s.slot for share of s
+), put as (
+  insert into update_log (document, seq, slot, epoch, crc32c, bytes, author)
+  select r.document, r.seq, h.slot, h.epoch, r.crc32c, r.bytes, r.author
+  from unnest($4::bigint[], $5::text[], $6::bigint[], $7::bigint[], $8::bytea[], $9::text[])
+    as r(place, document, seq, crc32c, bytes, author)
+  join held h using (place)
+  join document d on d.id = r.document and not d.deleted and d.base_seq < r.seq
+  on conflict (document, seq) do nothing
+  returning document, seq
+)
+select (select array_agg(slot) from held), (select array_agg(document) from put), (select array_agg(seq) from put)";
+
+/// Postgres behind a cluster.
+#[derive(Debug)]
+pub struct Postgres {
+    writes: PgPool,
+    control: PgPool,
+    reads: PgPool,
+    sessions: Arc<Sessions>,
+    /// [`Timeline::changes`] when the whole map was last asked for.
+    map_read_at: AtomicU64,
+    map_changed: Arc<Notify>,
+    listener: JoinHandle<()>,
+}
+
+/// What all sessions share.
+#[derive(Debug)]
+struct Sessions {
+    /// Sessions that were opened earlier are not used any more.
+    trusted_since: Mutex<Instant>,
+    timeline: Mutex<Timeline>,
+}
+
+#[derive(Debug, Default)]
+struct Timeline {
+    /// As in the name of a WAL segment; differs after each failover.
+    name: String,
+    changes: u64,
+}
+
+impl Postgres {
+    /// Connects to `url` and brings the schema up to date. Several nodes may do so at once.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] when the server does not answer yet; [`StoreError::Unusable`]
+    /// when the URL or the schema is not one that this version can use.
+    pub async fn connect(url: &str) -> Result<Self, StoreError> {
+        let options = PgConnectOptions::from_str(url)
+            .map_err(|error| {
+                StoreError::Unusable(format!("the database URL is not valid: {error}"))
+            })?
+            .application_name("collab-node");
+        let sessions = Arc::new(Sessions {
+            trusted_since: Mutex::new(Instant::now()),
+            timeline: Mutex::default(),
+        });
+        let map_changed = Arc::new(Notify::new());
+        let pool = |size, statement_timeout| {
+            sessions
+                .pool(size, statement_timeout)
+                .connect_lazy_with(options.clone())
+        };
+        let control = pool(CONTROL_SESSIONS + 1, Duration::ZERO); // one listens
+        let listener = tokio::spawn(listen(control.clone(), map_changed.clone()));
+        let store = Self {
+            writes: pool(WRITE_SESSIONS, Duration::ZERO),
+            reads: pool(READ_SESSIONS, DATA_TIMEOUT),
+            control,
+            map_read_at: AtomicU64::default(),
+            sessions,
+            map_changed,
+            listener,
+        };
+        store.migrate().await?;
+        Ok(store)
+    }
+
+    async fn migrate(&self) -> Result<(), StoreError> {
+        let mut session = self
+            .control
+            .acquire()
+            .await
+            .map_err(|error| self.failed(error))?;
+        // A newer node may have been here: what it added does not disturb this one.
+        let mut migrations = sqlx::migrate!("migrations/postgres");
+        migrations.set_ignore_missing(true);
+        migrations
+            .run(&mut *session)
+            .await
+            .map_err(|error| match error {
+                sqlx::migrate::MigrateError::Execute(error) => self.failed(error),
+                error => StoreError::Unusable(error.to_string()),
+            })
+    }
+
+    /// Runs one statement. A session whose statement was not seen to end is closed, never used again.
+    async fn run(
+        &self,
+        pool: &PgPool,
+        limit: Duration,
+        query: Query<'_, sqlx::Postgres, PgArguments>,
+    ) -> Result<Vec<PgRow>, StoreError> {
+        let mut session = Session::acquire(pool)
+            .await
+            .map_err(|error| self.failed(error))?;
+        let rows = within(limit, query.fetch_all(session.connection()))
+            .await
+            .map_err(|error| self.failed(error))?;
+        session.ended();
+        Ok(rows)
+    }
+
+    /// Runs one statement that answers one row.
+    async fn run_one(
+        &self,
+        pool: &PgPool,
+        limit: Duration,
+        query: Query<'_, sqlx::Postgres, PgArguments>,
+    ) -> Result<PgRow, StoreError> {
+        self.run(pool, limit, query)
+            .await?
+            .pop()
+            .ok_or_else(|| self.failed(sqlx::Error::RowNotFound))
+    }
+
+    /// Runs one fenced statement, which answers whether the slot was held.
+    async fn run_fenced(
+        &self,
+        query: Query<'_, sqlx::Postgres, PgArguments>,
+    ) -> Result<Fence, StoreError> {
+        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        Ok(if get(&row, 0)? {
+            Fence::Held
+        } else {
+            Fence::Fenced
+        })
+    }
+
+    fn failed(&self, error: sqlx::Error) -> StoreError {
+        let class = error
+            .as_database_error()
+            .and_then(|error| error.code())
+            .and_then(|code| code.get(..2).map(str::to_owned));
+        match (&error, class.as_deref()) {
+            // 22 data exception, 23 integrity constraint, 42 syntax error or access rule.
+            (_, Some("22" | "23" | "42"))
+            | (
+                sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::Encode(_),
+                _,
+            ) => StoreError::Unusable(error.to_string()),
+            // 40 rolled back, 53 insufficient resources, 55 lock not available: the session is fine.
+            (_, Some("40" | "53" | "55")) => StoreError::Unavailable(error),
+            _ => {
+                // The server has gone, or is another one now; the other sessions would find out one by one.
+                *self
+                    .sessions
+                    .trusted_since
+                    .lock()
+                    .expect("no holder panics") = Instant::now();
+                StoreError::Unavailable(error)
+            }
+        }
+    }
+
+    async fn claim_once(&self, incarnation: Uuid, slots: &[i32]) -> Result<Vec<PgRow>, StoreError> {
+        // Judged first, locked second, compared third: a row that changed while this waited for its
+        // lock is left alone. (An outer join to member under the lock would be evaluated again for
+        // the new owner without finding it, and take the slot from a live member.)
+        let query = sqlx::query(
+            "with patience as materialized (
+               select set_config('lock_timeout', $3, true)
+             ), orphan as materialized (
+               select s.slot, s.epoch, s.owner from slot s left join member m on m.incarnation = s.owner, patience
+               where s.slot = any($1) and (m.incarnation is null or m.lease_end <= clock_timestamp())
+                 and exists (select from member where incarnation = $2 and clock_timestamp() < lease_end)
+             ), mine as materialized (
+               select s.slot from slot s join orphan o using (slot) where s.epoch = o.epoch
+               order by s.slot for no key update of s
+             )
+             update slot s set owner = $2, epoch = s.epoch + 1, adoptions = s.adoptions + (s.owner is not null)::int,
+               revision = pg_current_xact_id()::text::bigint
+             from mine where s.slot = mine.slot
+             returning s.slot, s.epoch, pg_notify('collab_map', '')",
+        )
+        .bind(slots)
+        .bind(incarnation)
+        .bind(format!("{}ms", CLAIM_LOCK_TIMEOUT.as_millis()));
+        self.run(&self.control, CONTROL_TIMEOUT, query).await
+    }
+
+    /// Ends the sessions of the processes that a claim of these slots would fence.
+    async fn end_sessions_of_lost_owners(&self, slots: &[i32]) -> Result<(), StoreError> {
+        let query = sqlx::query(
+            "select pid, pg_terminate_backend(pid) from pg_stat_activity
+             where pid <> pg_backend_pid() and usename = current_user and application_name in (
+               select s.owner::text from slot s left join member m on m.incarnation = s.owner
+               where s.slot = any($1) and s.owner is not null
+                 and (m.incarnation is null or m.lease_end <= clock_timestamp()))",
+        )
+        .bind(slots);
+        let ended = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
+        tracing::warn!(
+            sessions = ended.len(),
+            "ended the database sessions of lost owners that held up a claim"
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        self.listener.abort();
+    }
+}
+
+impl Sessions {
+    fn pool(self: &Arc<Self>, size: u32, statement_timeout: Duration) -> PgPoolOptions {
+        let (opened, offered) = (self.clone(), self.clone());
+        PgPoolOptions::new()
+            .max_connections(size)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .idle_timeout(Duration::from_secs(60))
+            .test_before_acquire(false) // a round trip per statement; `trusted_since` does it
+            .after_connect(move |connection, _| {
+                let sessions = opened.clone();
+                Box::pin(async move { sessions.prepare(connection, statement_timeout).await })
+            })
+            .before_acquire(move |_, session| {
+                let trusted = session.age
+                    <= offered
+                        .trusted_since
+                        .lock()
+                        .expect("no holder panics")
+                        .elapsed();
+                Box::pin(async move { Ok(trusted) })
+            })
+    }
+
+    /// Makes a new session one that may write, and refuses a server where it cannot be.
+    async fn prepare(
+        &self,
+        connection: &mut PgConnection,
+        statement_timeout: Duration,
+    ) -> Result<(), sqlx::Error> {
+        let unusable = |reason: &str| Err(sqlx::Error::Configuration(reason.into()));
+        // A timeout that the role or database may have set would cancel waits for the standby. The rest
+        // lets the server notice within seconds that this process or its host is gone.
+        sqlx::query(
+            "select set_config('synchronous_commit', 'on', false), set_config('statement_timeout', $1, false),
+               set_config('lock_timeout', '0', false), set_config('client_connection_check_interval', '1s', false),
+               set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false),
+               set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10s', false)",
+        )
+        .bind(format!("{}ms", statement_timeout.as_millis()))
+        .execute(&mut *connection)
+        .await?;
+        let row = sqlx::query(
+            "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on',
+               current_setting('synchronous_commit'),
+               case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end",
+        )
+        .fetch_one(connection)
+        .await?;
+        if row.try_get(0)? {
+            return unusable("this database server is not the primary");
+        }
+        if row.try_get::<&str, _>(1)? != "on" {
+            return unusable("this database server does not commit synchronously");
+        }
+        let name: String = row.try_get(2)?;
+        let mut timeline = self.timeline.lock().expect("no holder panics");
+        if timeline.name != name {
+            if !timeline.name.is_empty() {
+                tracing::warn!(
+                    before = timeline.name,
+                    now = name,
+                    "the database has failed over"
+                );
+                timeline.changes += 1;
+            }
+            timeline.name = name;
+        }
+        Ok(())
+    }
+}
+
+/// A session of a pool that goes back there only once its statement was seen to end.
+struct Session {
+    connection: PoolConnection<sqlx::Postgres>,
+    ended: bool,
+}
+
+impl Session {
+    async fn acquire(pool: &PgPool) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            connection: pool.acquire().await?,
+            ended: false,
+        })
+    }
+
+    fn connection(&mut self) -> &mut PgConnection {
+        &mut self.connection
+    }
+
+    fn ended(mut self) {
+        self.ended = true;
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+#[async_trait]
+impl Store for Postgres {
+    async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
+        let mut places = HashMap::new();
+        let mut owned = Vec::new();
+        let place: Vec<i64> = batch
+            .iter()
+            .map(|append| {
+                *places.entry(append.ownership).or_insert_with(|| {
+                    owned.push(append.ownership);
+                    i64::try_from(owned.len()).expect("a batch is small")
+                })
+            })
+            .collect();
+        let (slots, epochs, incarnations) = columns(&owned);
+        let query = sqlx::query(APPEND)
+            .bind(slots)
+            .bind(epochs)
+            .bind(incarnations)
+            .bind(place)
+            .bind(
+                batch
+                    .iter()
+                    .map(|append| append.document.as_str())
+                    .collect::<Vec<_>>(),
+            )
+            .bind(batch.iter().map(|append| append.seq.0).collect::<Vec<_>>())
+            .bind(
+                batch
+                    .iter()
+                    .map(|append| i64::from(crc32c::crc32c(&append.bytes)))
+                    .collect::<Vec<_>>(),
+            )
+            .bind(
+                batch
+                    .iter()
+                    .map(|append| append.bytes.as_ref())
+                    .collect::<Vec<_>>(),
+            )
+            .bind(
+                batch
+                    .iter()
+                    .map(|append| append.author.as_str())
+                    .collect::<Vec<_>>(),
+            );
+        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
+        let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
+        let seqs: Vec<i64> = get::<Option<_>>(&row, 2)?.unwrap_or_default();
+        Ok(Appended {
+            held: held.into_iter().map(slot).collect::<Result<_, _>>()?,
+            inserted: documents
+                .into_iter()
+                .zip(seqs)
+                .map(|(id, seq)| Ok((document_id(id)?, Seq(seq))))
+                .collect::<Result<_, StoreError>>()?,
+        })
+    }
+
+    async fn written(&self, keys: &[(DocumentId, Seq)]) -> Result<Vec<WrittenRow>, StoreError> {
+        let query = sqlx::query(
+            "select document, seq, epoch, crc32c from update_log
+             join unnest($1::text[], $2::bigint[]) as k(document, seq) using (document, seq)",
+        )
+        .bind(
+            keys.iter()
+                .map(|(document, _)| document.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(keys.iter().map(|(_, seq)| seq.0).collect::<Vec<_>>());
+        let rows = self.run(&self.writes, DATA_TIMEOUT, query).await?;
+        rows.iter()
+            .map(|row| {
+                Ok(WrittenRow {
+                    document: document_id(get(row, 0)?)?,
+                    seq: Seq(get(row, 1)?),
+                    epoch: Epoch(get(row, 2)?),
+                    crc32c: u32::try_from(get::<i64>(row, 3)?).map_err(unusable)?,
+                })
+            })
+            .collect()
+    }
+
+    async fn load(&self, document: &DocumentId) -> Result<Loaded, LoadError> {
+        let mut session = Session::acquire(&self.reads)
+            .await
+            .map_err(|error| self.failed(error))?;
+        let loaded = within(DATA_TIMEOUT, async {
+            Ok(load(session.connection(), document).await)
+        })
+        .await
+        .map_err(|error| self.failed(error))?;
+        match loaded {
+            Err(LoadError::Store(StoreError::Unavailable(error))) => Err(self.failed(error).into()),
+            loaded => {
+                session.ended();
+                loaded
+            }
+        }
+    }
+
+    async fn create(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        recreate: Recreate,
+    ) -> Result<Created, StoreError> {
+        let query = sqlx::query(
+            "with held as materialized (
+               select slot from slot where slot = $1 and epoch = $2 and owner = $3 for share
+             ), put as (
+               insert into document (id, slot) select $4, slot from held
+               on conflict (id) do update
+                 set deleted = false, room_epoch = document.room_epoch + 1, created_at = clock_timestamp()
+                 where document.deleted and $5
+               returning room_epoch
+             )
+             select exists (select from held), (select room_epoch from put)",
+        )
+        .bind(i32::from(ownership.slot.0))
+        .bind(ownership.epoch.0)
+        .bind(ownership.incarnation)
+        .bind(document.as_str())
+        .bind(recreate == Recreate::Allowed);
+        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        Ok(match (get(&row, 0)?, get::<Option<i64>>(&row, 1)?) {
+            (false, _) => Created::Fenced,
+            (true, None) => Created::Exists,
+            (true, Some(room_epoch)) => Created::Created {
+                room_epoch: RoomEpoch(room_epoch),
+            },
+        })
+    }
+
+    async fn delete(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        last: Seq,
+    ) -> Result<Fence, StoreError> {
+        // The base is at least what is stored, whatever the caller believes: a seq is never used twice.
+        let query = sqlx::query(
+            "with held as materialized (
+               select slot from slot where slot = $1 and epoch = $2 and owner = $3 for share
+             ), gone as (
+               update document d set deleted = true, base_seq = greatest(d.base_seq, $5,
+                 (select max(seq) from update_log where document = $4), (select max(seq) from snapshot where document = $4))
+               from held where d.id = $4 and not d.deleted
+             ), cut_log as (
+               delete from update_log using held where document = $4
+             ), cut_snapshots as (
+               delete from snapshot using held where document = $4
+             )
+             select exists (select from held)",
+        )
+        .bind(i32::from(ownership.slot.0))
+        .bind(ownership.epoch.0)
+        .bind(ownership.incarnation)
+        .bind(document.as_str())
+        .bind(last.0);
+        self.run_fenced(query).await
+    }
+
+    async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
+        let NewSnapshot {
+            document,
+            ownership,
+            room_epoch,
+            seq,
+            bytes,
+        } = snapshot;
+        let query = sqlx::query(
+            "with held as materialized (
+               select slot, epoch from slot where slot = $1 and epoch = $2 and owner = $3 for share
+             ), put as (
+               insert into snapshot (document, seq, room_epoch, slot, epoch, sha256, library, bytes)
+               select d.id, $5, d.room_epoch, held.slot, held.epoch, $7, $8, $9
+               from held join document d on d.id = $4 and not d.deleted and d.room_epoch = $6
+               on conflict (document, seq) do nothing
+             )
+             select exists (select from held)",
+        )
+        .bind(i32::from(ownership.slot.0))
+        .bind(ownership.epoch.0)
+        .bind(ownership.incarnation)
+        .bind(document.as_str())
+        .bind(seq.0)
+        .bind(room_epoch.0)
+        .bind(snapshot_hash(document, *room_epoch, *seq, bytes))
+        .bind(LIBRARY)
+        .bind(bytes.as_ref());
+        self.run_fenced(query).await
+    }
+
+    async fn compact(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+    ) -> Result<Fence, StoreError> {
+        // Only snapshots that verify count as kept; the hash is that of `snapshot_hash`.
+        let query = sqlx::query(
+            "with held as materialized (
+               select slot from slot where slot = $1 and epoch = $2 and owner = $3 for share
+             ), kept as (
+               select s.seq from snapshot s, held where s.document = $4 and s.sha256 = sha256(
+                 convert_to(s.document, 'UTF8') || '\\x00' || int8send(s.room_epoch) || int8send(s.seq) || s.bytes)
+               order by s.seq desc limit $5
+             ), older as materialized (
+               select min(seq) as seq from kept having count(*) = $5
+             ), cut_log as (
+               delete from update_log u using older where u.document = $4 and u.seq <= older.seq
+             ), cut_snapshots as (
+               delete from snapshot s using older where s.document = $4 and s.seq < older.seq
+             )
+             select exists (select from held)",
+        )
+        .bind(i32::from(ownership.slot.0))
+        .bind(ownership.epoch.0)
+        .bind(ownership.incarnation)
+        .bind(document.as_str())
+        .bind(SNAPSHOTS_KEPT);
+        self.run_fenced(query).await
+    }
+
+    async fn documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<DocumentRow>, StoreError> {
+        let query = sqlx::query(DOCUMENTS)
+            .bind(after.map_or("", DocumentId::as_str))
+            .bind(None::<&str>)
+            .bind(i64::from(limit));
+        self.run(&self.reads, DATA_TIMEOUT, query)
+            .await?
+            .iter()
+            .map(document_row)
+            .collect()
+    }
+
+    async fn document(&self, document: &DocumentId) -> Result<Option<DocumentRow>, StoreError> {
+        let query = sqlx::query(DOCUMENTS)
+            .bind("")
+            .bind(document.as_str())
+            .bind(1_i64);
+        self.run(&self.reads, DATA_TIMEOUT, query)
+            .await?
+            .first()
+            .map(document_row)
+            .transpose()
+    }
+
+    async fn register(
+        &self,
+        member: &Registration,
+        slots: u16,
+        lease: Duration,
+    ) -> Result<(), StoreError> {
+        // Sessions carry the incarnation, so that who fences it can end them.
+        for pool in [&self.writes, &self.control, &self.reads] {
+            let options = (*pool.connect_options()).clone();
+            pool.set_connect_options(options.application_name(&member.incarnation.to_string()));
+        }
+        *self
+            .sessions
+            .trusted_since
+            .lock()
+            .expect("no holder panics") = Instant::now();
+
+        // Statement by statement, since each of them may be done twice and by several nodes at once.
+        let count = i32::from(slots);
+        let query = sqlx::query("insert into control (slots) values ($1) on conflict do nothing")
+            .bind(count);
+        self.run(&self.control, DATA_TIMEOUT, query).await?;
+        let query = sqlx::query("select slots from control");
+        let existing: i32 = get(
+            &self.run_one(&self.control, CONTROL_TIMEOUT, query).await?,
+            0,
+        )?;
+        if existing != count {
+            return Err(StoreError::Unusable(format!(
+                "the cluster was created with {existing} slots and this node was started with {count}; \
+                 the number of slots cannot change"
+            )));
+        }
+        let query = sqlx::query(
+            "insert into slot (slot) select generate_series(0, $1 - 1) on conflict do nothing",
+        )
+        .bind(count);
+        self.run(&self.control, DATA_TIMEOUT, query).await?;
+        // A pod has one process at a time. Rows of pods that have long gone are of no use to anybody.
+        let query = sqlx::query(
+            "with gone as (
+               delete from member where pod_uid <> $2
+                 and (lease_end < clock_timestamp() - interval '1 hour' or node = $3 and lease_end < clock_timestamp())
+             )
+             insert into member (incarnation, pod_uid, node, address, zone, weight, state, lease_end, renewed_at)
+             values ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() + $8 * interval '1 ms', clock_timestamp())
+             on conflict (pod_uid) do update set incarnation = excluded.incarnation, node = excluded.node,
+               address = excluded.address, zone = excluded.zone, weight = excluded.weight, state = excluded.state,
+               lease_end = excluded.lease_end, renewed_at = excluded.renewed_at, load = null",
+        )
+        .bind(member.incarnation)
+        .bind(&member.pod_uid)
+        .bind(&member.node.0)
+        .bind(&member.address)
+        .bind(&member.zone)
+        .bind(i32::try_from(member.weight).map_err(unusable)?)
+        .bind(MemberState::Active.as_str())
+        .bind(millis(lease)?);
+        self.run(&self.control, CONTROL_TIMEOUT, query)
+            .await
+            .map(drop)
+    }
+
+    async fn renew(
+        &self,
+        incarnation: Uuid,
+        lease: Duration,
+        load: LoadSample,
+    ) -> Result<Option<Renewed>, StoreError> {
+        let query = sqlx::query(
+            "with me as (
+               update member set lease_end = clock_timestamp() + $2 * interval '1 ms', renewed_at = clock_timestamp(),
+                 load = $3
+               where incarnation = $1 returning *
+             ), everybody as (
+               select * from me union all select * from member where incarnation <> $1
+             )
+             select node, incarnation, pod_uid, address, zone, weight, state, load,
+               greatest(0, extract(epoch from lease_end - clock_timestamp()) * 1000)::bigint,
+               greatest(0, extract(epoch from clock_timestamp() - renewed_at) * 1000)::bigint, placement_version
+             from everybody cross join control order by node, incarnation",
+        )
+        .bind(incarnation)
+        .bind(millis(lease)?)
+        .bind(Json(load));
+        let rows = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
+        let members = rows.iter().map(member_row).collect::<Result<Vec<_>, _>>()?;
+        if !members
+            .iter()
+            .any(|member| member.incarnation == incarnation)
+        {
+            return Ok(None);
+        }
+        let placement_version = rows.first().map_or(Ok(0), |row| get(row, 10))?;
+        let timeline = self
+            .sessions
+            .timeline
+            .lock()
+            .expect("no holder panics")
+            .name
+            .clone();
+        Ok(Some(Renewed {
+            members,
+            placement_version,
+            timeline,
+        }))
+    }
+
+    async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
+        let query = sqlx::query("update member set state = $2 where incarnation = $1")
+            .bind(incarnation)
+            .bind(state.as_str());
+        self.run(&self.control, CONTROL_TIMEOUT, query)
+            .await
+            .map(drop)
+    }
+
+    async fn leave(&self, incarnation: Uuid) -> Result<(), StoreError> {
+        let query = sqlx::query("delete from member where incarnation = $1").bind(incarnation);
+        self.run(&self.control, CONTROL_TIMEOUT, query)
+            .await
+            .map(drop)
+    }
+
+    async fn map(&self, horizon: i64) -> Result<MapChange, StoreError> {
+        // Transaction ids may go back in a failover, so that a horizon of the old primary would hide
+        // changes on the new one.
+        let changes = self
+            .sessions
+            .timeline
+            .lock()
+            .expect("no holder panics")
+            .changes;
+        let horizon = if self.map_read_at.load(Ordering::Acquire) == changes {
+            horizon
+        } else {
+            0
+        };
+        // What commits later than this statement's snapshot has a transaction id of at least its xmin.
+        let query = sqlx::query(
+            "select pg_snapshot_xmin(pg_current_snapshot())::text::bigint, slot, owner, epoch
+             from (select) always left join slot on revision >= $1 order by slot",
+        )
+        .bind(horizon);
+        let rows = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
+        let mut change = MapChange {
+            horizon,
+            slots: Vec::with_capacity(rows.len()),
+        };
+        for row in &rows {
+            change.horizon = get(row, 0)?;
+            if let Some(number) = get(row, 1)? {
+                change.slots.push(SlotRow {
+                    slot: slot(number)?,
+                    owner: get(row, 2)?,
+                    epoch: Epoch(get(row, 3)?),
+                });
+            }
+        }
+        self.map_read_at.store(changes, Ordering::Release);
+        Ok(change)
+    }
+
+    async fn claim(
+        &self,
+        incarnation: Uuid,
+        slots: &[Slot],
+        claim: Claim,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let Claim::Orphaned = claim;
+        let numbers: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
+        let rows = match self.claim_once(incarnation, &numbers).await {
+            Err(StoreError::Unavailable(error)) if is_lock_timeout(&error) => {
+                self.end_sessions_of_lost_owners(&numbers).await?;
+                self.claim_once(incarnation, &numbers).await?
+            }
+            rows => rows?,
+        };
+        taken(&rows)
+    }
+
+    async fn hand_off(
+        &self,
+        from: &[Ownership],
+        to: Uuid,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let (slots, epochs, incarnations) = columns(from);
+        let query = sqlx::query(
+            "with want as (
+               select * from unnest($1::int[], $2::bigint[], $3::uuid[]) as w(slot, epoch, incarnation)
+             ), mine as materialized (
+               select s.slot from slot s join want w using (slot)
+               where s.epoch = w.epoch and s.owner = w.incarnation and exists (
+                 select from member where incarnation = $4 and state = $5 and clock_timestamp() < lease_end)
+               order by s.slot for no key update of s
+             )
+             update slot s set owner = $4, epoch = s.epoch + 1, revision = pg_current_xact_id()::text::bigint
+             from mine where s.slot = mine.slot
+             returning s.slot, s.epoch, pg_notify('collab_map', '')",
+        )
+        .bind(slots)
+        .bind(epochs)
+        .bind(incarnations)
+        .bind(to)
+        .bind(MemberState::Active.as_str());
+        taken(&self.run(&self.writes, DATA_TIMEOUT, query).await?)
+    }
+
+    async fn placement(&self) -> Result<Placement, StoreError> {
+        let rows = self
+            .run(
+                &self.control,
+                CONTROL_TIMEOUT,
+                sqlx::query("select placement_version, placement from control"),
+            )
+            .await?;
+        let Some(row) = rows.first() else {
+            return Ok(Placement::default());
+        };
+        let slots: Vec<String> = get(row, 1)?;
+        Ok(Placement {
+            version: get(row, 0)?,
+            slots: slots.into_iter().map(NodeId).collect(),
+        })
+    }
+
+    async fn take_term(&self, holder: &str) -> Result<Term, StoreError> {
+        let query = sqlx::query("update control set term = term + 1, holder = $1 returning term")
+            .bind(holder);
+        Ok(Term(get(
+            &self.run_one(&self.control, CONTROL_TIMEOUT, query).await?,
+            0,
+        )?))
+    }
+
+    async fn set_placement(
+        &self,
+        term: Term,
+        slots: &[NodeId],
+    ) -> Result<Result<(), Term>, StoreError> {
+        // A term above the newest one was granted by a primary that lost it in its failover.
+        let query = sqlx::query(
+            "with granted as (
+               update control set term = $1, placement = $2,
+                 placement_version = placement_version + (placement is distinct from $2)::int
+               where term <= $1 returning term
+             )
+             select exists (select from granted), term from control",
+        )
+        .bind(term.0)
+        .bind(slots.iter().map(|node| node.0.as_str()).collect::<Vec<_>>());
+        granted(&self.run_one(&self.control, CONTROL_TIMEOUT, query).await?)
+    }
+
+    async fn set_drain(
+        &self,
+        term: Term,
+        node: &NodeId,
+        drain: bool,
+    ) -> Result<Result<(), Term>, StoreError> {
+        // A node that has drained already stays so.
+        let query = sqlx::query(
+            "with granted as (
+               update control set term = $1 where term <= $1 returning term
+             ), told as (
+               update member set state = case when $3 then $4 else $5 end
+               from granted where node = $2 and (state = $5 or not $3)
+             )
+             select exists (select from granted), term from control",
+        )
+        .bind(term.0)
+        .bind(&node.0)
+        .bind(drain)
+        .bind(MemberState::Draining.as_str())
+        .bind(MemberState::Active.as_str());
+        granted(&self.run_one(&self.control, CONTROL_TIMEOUT, query).await?)
+    }
+
+    async fn summary(&self) -> Result<Summary, StoreError> {
+        let query = sqlx::query(
+            "select coalesce((select term from control), 0), coalesce(sum(adoptions), 0)::bigint,
+               coalesce(max(revision), 0), split_part(current_setting('server_version'), ' ', 1),
+               current_setting('synchronous_standby_names') <> ''
+             from slot",
+        );
+        let row = self.run_one(&self.control, CONTROL_TIMEOUT, query).await?;
+        Ok(Summary {
+            term: Term(get(&row, 0)?),
+            adoptions: u64::try_from(get::<i64>(&row, 1)?).map_err(unusable)?,
+            revision: get(&row, 2)?,
+            store: StoreReport {
+                version: get(&row, 3)?,
+                synchronous_standby: get(&row, 4)?,
+                timeline: self
+                    .sessions
+                    .timeline
+                    .lock()
+                    .expect("no holder panics")
+                    .name
+                    .clone(),
+            },
+        })
+    }
+
+    async fn map_changed(&self) {
+        self.map_changed.notified().await;
+    }
+}
+
+/// Passes notifications on for as long as the store lives. Several that come together are one.
+async fn listen(pool: PgPool, map_changed: Arc<Notify>) {
+    loop {
+        let lost = async {
+            let mut listener = PgListener::connect_with(&pool).await?;
+            listener.listen(MAP_CHANNEL).await?;
+            loop {
+                // Also when the session was lost and is there again: who knows what was missed.
+                listener.try_recv().await?;
+                map_changed.notify_one();
+            }
+        };
+        let lost: Result<(), sqlx::Error> = lost.await;
+        if let Err(error) = lost {
+            tracing::debug!(%error, "cannot listen for changes of the map; polling finds them");
+        }
+        tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
+    }
+}
+
+/// The load rule, in one consistent view.
+async fn load(connection: &mut PgConnection, document: &DocumentId) -> Result<Loaded, LoadError> {
+    let unavailable = |error| LoadError::Store(StoreError::Unavailable(error));
+    let mut view = connection
+        .begin_with("begin isolation level repeatable read read only")
+        .await
+        .map_err(unavailable)?;
+    let row = sqlx::query("select deleted, room_epoch, base_seq from document where id = $1")
+        .bind(document.as_str())
+        .fetch_optional(&mut *view)
+        .await
+        .map_err(unavailable)?;
+    let Some(row) = row else {
+        return Ok(Loaded::Absent);
+    };
+    if get(&row, 0)? {
+        return Ok(Loaded::Deleted);
+    }
+    let room_epoch = RoomEpoch(get(&row, 1)?);
+    let mut after = Seq(get(&row, 2)?);
+    let mut reach = after;
+    let mut snapshot = None;
+    let mut below = i64::MAX;
+    while snapshot.is_none() {
+        let row = sqlx::query(
+            "select seq, sha256, bytes from snapshot where document = $1 and $2 <= seq and seq < $3
+             order by seq desc limit 1",
+        )
+        .bind(document.as_str())
+        .bind(after.0)
+        .bind(below)
+        .fetch_optional(&mut *view)
+        .await
+        .map_err(unavailable)?;
+        let Some(row) = row else { break };
+        below = get(&row, 0)?;
+        let (seq, bytes) = (Seq(below), Bytes::from(get::<Vec<u8>>(&row, 2)?));
+        reach = reach.max(seq);
+        if snapshot_hash(document, room_epoch, seq, &bytes) == get::<Vec<u8>>(&row, 1)? {
+            snapshot = Some(StoredSnapshot { seq, bytes });
+            after = seq;
+        } else {
+            tracing::error!(document.id = %document, %seq, "a snapshot does not verify; trying the one before");
+        }
+    }
+    let rows = sqlx::query(
+        "select seq, crc32c, bytes from update_log where document = $1 and seq > $2 order by seq",
+    )
+    .bind(document.as_str())
+    .bind(after.0)
+    .fetch_all(&mut *view)
+    .await
+    .map_err(unavailable)?;
+    view.rollback().await.map_err(unavailable)?;
+    let rows = rows
+        .iter()
+        .map(|row| {
+            Ok(LogRow {
+                seq: get(row, 0)?,
+                crc32c: get(row, 1)?,
+                bytes: get(row, 2)?,
+            })
+        })
+        .collect::<Result<_, StoreError>>()?;
+    let (log, last) = check_tail(document, after, reach, rows)?;
+    Ok(Loaded::Live {
+        room_epoch,
+        snapshot,
+        log,
+        last,
+    })
+}
+
+/// Live documents after `$1`, or the one that `$2` names.
+const DOCUMENTS: &str = "
+select d.id, (extract(epoch from d.created_at) * 1000)::bigint,
+  (extract(epoch from coalesce(l.at, s.at, d.created_at)) * 1000)::bigint, greatest(d.base_seq, l.seq, s.seq)
+from document d
+left join lateral (select seq, at from update_log where document = d.id order by seq desc limit 1) l on true
+left join lateral (select seq, at from snapshot where document = d.id order by seq desc limit 1) s on true
+where not d.deleted and d.id > $1 and ($2::text is null or d.id = $2)
+order by d.id limit $3";
+
+fn document_row(row: &PgRow) -> Result<DocumentRow, StoreError> {
+    Ok(DocumentRow {
+        id: document_id(get(row, 0)?)?,
+        created_ms: get(row, 1)?,
+        updated_ms: get(row, 2)?,
+        seq: Seq(get(row, 3)?),
+    })
+}
+
+fn member_row(row: &PgRow) -> Result<Member, StoreError> {
+    let state: &str = get(row, 6)?;
+    let load: Option<Json<LoadSample>> = get(row, 7)?;
+    let duration = |column| {
+        Ok(Duration::from_millis(
+            u64::try_from(get::<i64>(row, column)?).map_err(unusable)?,
+        ))
+    };
+    Ok(Member {
+        node: NodeId(get(row, 0)?),
+        incarnation: get(row, 1)?,
+        pod_uid: get(row, 2)?,
+        address: get(row, 3)?,
+        zone: get(row, 4)?,
+        weight: u32::try_from(get::<i32>(row, 5)?).map_err(unusable)?,
+        state: MemberState::parse(state)
+            .ok_or_else(|| unusable(format!("unknown member state {state}")))?,
+        lease_left: duration(8)?,
+        load: load.map(|Json(load)| load),
+        load_age: duration(9)?,
+    })
+}
+
+/// Slots and their new epochs, in order of slot.
+fn taken(rows: &[PgRow]) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+    let mut taken = rows
+        .iter()
+        .map(|row| Ok((slot(get(row, 0)?)?, Epoch(get(row, 1)?))))
+        .collect::<Result<Vec<_>, StoreError>>()?;
+    taken.sort_unstable();
+    Ok(taken)
+}
+
+fn granted(row: &PgRow) -> Result<Result<(), Term>, StoreError> {
+    Ok(if get(row, 0)? {
+        Ok(())
+    } else {
+        Err(Term(get(row, 1)?))
+    })
+}
+
+fn columns(owned: &[Ownership]) -> (Vec<i32>, Vec<i64>, Vec<Uuid>) {
+    (
+        owned
+            .iter()
+            .map(|ownership| i32::from(ownership.slot.0))
+            .collect(),
+        owned.iter().map(|ownership| ownership.epoch.0).collect(),
+        owned
+            .iter()
+            .map(|ownership| ownership.incarnation)
+            .collect(),
+    )
+}
+
+fn get<'row, T>(row: &'row PgRow, column: usize) -> Result<T, StoreError>
+where
+    T: sqlx::Decode<'row, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
+{
+    row.try_get(column).map_err(unusable)
+}
+
+fn slot(number: i32) -> Result<Slot, StoreError> {
+    u16::try_from(number).map(Slot).map_err(unusable)
+}
+
+fn document_id(text: String) -> Result<DocumentId, StoreError> {
+    DocumentId::try_from(text).map_err(unusable)
+}
+
+fn millis(duration: Duration) -> Result<i32, StoreError> {
+    i32::try_from(duration.as_millis()).map_err(unusable)
+}
+
+fn unusable(reason: impl ToString) -> StoreError {
+    StoreError::Unusable(reason.to_string())
+}
+
+fn is_lock_timeout(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .is_some_and(|error| error.code().as_deref() == Some("55P03"))
+}
+
+async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, sqlx::Error> {
+    timeout(limit, call).await.unwrap_or_else(|_| {
+        Err(sqlx::Error::Io(std::io::Error::new(
+            std::io::ErrorKind::TimedOut,
+            "gave up waiting for the answer",
+        )))
+    })
+}

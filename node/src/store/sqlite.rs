@@ -1,0 +1,793 @@
+//! The store of one embedded node: a SQLite file.
+//!
+//! The same rules as in Postgres, with less to fear: a lock on the folder keeps other processes out,
+//! one connection writes, and a transaction on it is what one statement is there. Epochs still rise
+//! with each run, so that the log tells runs apart. The one member is this process: it lives in
+//! memory, and its lease never ends.
+
+use std::fs::{File, TryLockError};
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use collab_core::control::{LoadSample, MemberState, StoreReport};
+use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
+use collab_core::limits::SNAPSHOTS_KEPT;
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
+    SqliteSynchronous,
+};
+use sqlx::{QueryBuilder, Row, Sqlite as Database, SqliteConnection, Transaction};
+use uuid::Uuid;
+
+use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
+use super::{
+    Append, Appended, Claim, Created, DocumentRow, Fence, LoadError, Loaded, MapChange, Member,
+    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewed, SlotRow, Store, StoreError,
+    StoredSnapshot, Summary, WrittenRow,
+};
+
+/// Connections that read.
+const READERS: u32 = 4;
+/// Rows of one insert; each binds 7 variables, of which SQLite allows 32,766.
+const INSERT_ROWS_MAX: usize = 1_000;
+
+/// A SQLite file behind one embedded node.
+#[derive(Debug)]
+pub struct Sqlite {
+    writer: SqlitePool,
+    readers: SqlitePool,
+    member: Mutex<Option<Member>>,
+    /// Held for as long as the store lives.
+    _lock: File,
+}
+
+impl Sqlite {
+    /// Opens `collab.sqlite` in `folder`; makes both when they do not exist.
+    ///
+    /// # Errors
+    /// [`StoreError::Unusable`] when the folder cannot be used, or another process uses it.
+    pub async fn open(folder: &Path) -> Result<Self, StoreError> {
+        let lock = lock(folder)?;
+        let options = SqliteConnectOptions::new()
+            .filename(folder.join("collab.sqlite"))
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full);
+        let pool = |size| {
+            SqlitePoolOptions::new()
+                .max_connections(size)
+                .idle_timeout(None)
+                .max_lifetime(None)
+        };
+        let writer = pool(1)
+            .connect_with(options.clone())
+            .await
+            .map_err(failed)?;
+        // A newer version may have been here: what it added does not disturb this one.
+        let mut migrations = sqlx::migrate!("migrations/sqlite");
+        migrations.set_ignore_missing(true);
+        migrations
+            .run(&writer)
+            .await
+            .map_err(|error| StoreError::Unusable(error.to_string()))?;
+        let readers = pool(READERS).connect_lazy_with(options.read_only(true));
+        Ok(Self {
+            writer,
+            readers,
+            member: Mutex::new(None),
+            _lock: lock,
+        })
+    }
+
+    /// Begins a transaction that writes.
+    async fn write(&self) -> Result<Transaction<'static, Database>, StoreError> {
+        self.writer
+            .begin_with("begin immediate")
+            .await
+            .map_err(failed)
+    }
+}
+
+fn lock(folder: &Path) -> Result<File, StoreError> {
+    let path = folder.join("collab.lock");
+    let cannot = |error: std::io::Error| {
+        StoreError::Unusable(format!(
+            "cannot use the data folder {}: {error}",
+            folder.display()
+        ))
+    };
+    std::fs::create_dir_all(folder).map_err(cannot)?;
+    let file = File::create(&path).map_err(cannot)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StoreError::Unusable(format!(
+            "the data folder {} is in use by another collab-node; stop that one, or give this one its own folder",
+            folder.display()
+        ))),
+        Err(TryLockError::Error(error)) => Err(cannot(error)),
+    }
+}
+
+#[async_trait]
+impl Store for Sqlite {
+    async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
+        let mut write = self.write().await?;
+        let mut owned: Vec<Ownership> = batch.iter().map(|append| append.ownership).collect();
+        owned.sort_unstable_by_key(|ownership| {
+            (ownership.slot, ownership.epoch, ownership.incarnation)
+        });
+        owned.dedup();
+        let mut held = Vec::new();
+        for ownership in owned {
+            if holds(&mut write, ownership).await? {
+                held.push(ownership);
+            }
+        }
+        let rows: Vec<_> = batch
+            .iter()
+            .filter(|append| held.contains(&append.ownership))
+            .collect();
+        let mut inserted = Vec::new();
+        for rows in rows.chunks(INSERT_ROWS_MAX) {
+            let mut insert = QueryBuilder::<Database>::new(
+                "with r(document, seq, slot, epoch, crc32c, bytes, author) as (",
+            );
+            insert.push_values(rows, |mut row, append| {
+                row.push_bind(append.document.as_str())
+                    .push_bind(append.seq.0)
+                    .push_bind(append.ownership.slot.0)
+                    .push_bind(append.ownership.epoch.0)
+                    .push_bind(crc32c::crc32c(&append.bytes))
+                    .push_bind(append.bytes.as_ref())
+                    .push_bind(append.author.as_str());
+            });
+            insert.push(
+                ") insert into update_log (document, seq, slot, epoch, crc32c, bytes, author, at)
+                 select r.*, cast(unixepoch('subsec') * 1000 as integer)
+                 from r join document d on d.id = r.document where not d.deleted and d.base_seq < r.seq
+                 on conflict (document, seq) do nothing returning document, seq",
+            );
+            for row in insert
+                .build()
+                .persistent(false)
+                .fetch_all(&mut *write)
+                .await
+                .map_err(failed)?
+            {
+                inserted.push((document_id(get(&row, 0)?)?, Seq(get(&row, 1)?)));
+            }
+        }
+        write.commit().await.map_err(failed)?;
+        Ok(Appended {
+            held: held.into_iter().map(|ownership| ownership.slot).collect(),
+            inserted,
+        })
+    }
+
+    async fn written(&self, keys: &[(DocumentId, Seq)]) -> Result<Vec<WrittenRow>, StoreError> {
+        let mut written = Vec::new();
+        for (document, seq) in keys {
+            let row =
+                sqlx::query("select epoch, crc32c from update_log where document = ? and seq = ?")
+                    .bind(document.as_str())
+                    .bind(seq.0)
+                    .fetch_optional(&self.readers)
+                    .await
+                    .map_err(failed)?;
+            if let Some(row) = row {
+                let (epoch, crc32c) = (Epoch(get(&row, 0)?), get(&row, 1)?);
+                written.push(WrittenRow {
+                    document: document.clone(),
+                    seq: *seq,
+                    epoch,
+                    crc32c,
+                });
+            }
+        }
+        Ok(written)
+    }
+
+    async fn load(&self, document: &DocumentId) -> Result<Loaded, LoadError> {
+        let mut view = self.readers.begin().await.map_err(failed)?;
+        let row = sqlx::query("select deleted, room_epoch, base_seq from document where id = ?")
+            .bind(document.as_str())
+            .fetch_optional(&mut *view)
+            .await
+            .map_err(failed)?;
+        let Some(row) = row else {
+            return Ok(Loaded::Absent);
+        };
+        if get(&row, 0)? {
+            return Ok(Loaded::Deleted);
+        }
+        let room_epoch = RoomEpoch(get(&row, 1)?);
+        let mut after = Seq(get(&row, 2)?);
+        let mut reach = after;
+        let mut snapshot = None;
+        for seq in snapshots(&mut view, document, after).await? {
+            reach = reach.max(seq);
+            if let Some(bytes) = verified(&mut view, document, room_epoch, seq).await? {
+                snapshot = Some(StoredSnapshot { seq, bytes });
+                after = seq;
+                break;
+            }
+            tracing::error!(document.id = %document, %seq, "a snapshot does not verify; trying the one before");
+        }
+        let rows = sqlx::query(
+            "select seq, crc32c, bytes from update_log where document = ? and seq > ? order by seq",
+        )
+        .bind(document.as_str())
+        .bind(after.0)
+        .fetch_all(&mut *view)
+        .await
+        .map_err(failed)?
+        .iter()
+        .map(|row| {
+            Ok(LogRow {
+                seq: get(row, 0)?,
+                crc32c: get(row, 1)?,
+                bytes: get(row, 2)?,
+            })
+        })
+        .collect::<Result<_, StoreError>>()?;
+        let (log, last) = check_tail(document, after, reach, rows)?;
+        Ok(Loaded::Live {
+            room_epoch,
+            snapshot,
+            log,
+            last,
+        })
+    }
+
+    async fn create(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        recreate: Recreate,
+    ) -> Result<Created, StoreError> {
+        let mut write = self.write().await?;
+        if !holds(&mut write, ownership).await? {
+            return Ok(Created::Fenced);
+        }
+        let row = sqlx::query(
+            "insert into document (id, slot, created_at) values (?, ?, cast(unixepoch('subsec') * 1000 as integer))
+             on conflict (id) do update
+               set deleted = 0, room_epoch = document.room_epoch + 1, created_at = excluded.created_at
+               where document.deleted and ?
+             returning room_epoch",
+        )
+        .bind(document.as_str())
+        .bind(ownership.slot.0)
+        .bind(recreate == Recreate::Allowed)
+        .fetch_optional(&mut *write)
+        .await
+        .map_err(failed)?;
+        write.commit().await.map_err(failed)?;
+        Ok(match row {
+            None => Created::Exists,
+            Some(row) => Created::Created {
+                room_epoch: RoomEpoch(get(&row, 0)?),
+            },
+        })
+    }
+
+    async fn delete(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        last: Seq,
+    ) -> Result<Fence, StoreError> {
+        let mut write = self.write().await?;
+        if !holds(&mut write, ownership).await? {
+            return Ok(Fence::Fenced);
+        }
+        // The base is at least what is stored, whatever the caller believes: a seq is never used twice.
+        sqlx::query(
+            "update document set deleted = 1, base_seq = max(base_seq, ?2,
+               (select coalesce(max(seq), 0) from update_log where document = ?1),
+               (select coalesce(max(seq), 0) from snapshot where document = ?1))
+             where id = ?1 and not deleted",
+        )
+        .bind(document.as_str())
+        .bind(last.0)
+        .execute(&mut *write)
+        .await
+        .map_err(failed)?;
+        for cut in [
+            "delete from update_log where document = ?",
+            "delete from snapshot where document = ?",
+        ] {
+            sqlx::query(cut)
+                .bind(document.as_str())
+                .execute(&mut *write)
+                .await
+                .map_err(failed)?;
+        }
+        write.commit().await.map_err(failed)?;
+        Ok(Fence::Held)
+    }
+
+    async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
+        let NewSnapshot {
+            document,
+            ownership,
+            room_epoch,
+            seq,
+            bytes,
+        } = snapshot;
+        let mut write = self.write().await?;
+        if !holds(&mut write, *ownership).await? {
+            return Ok(Fence::Fenced);
+        }
+        sqlx::query(
+            "insert into snapshot (document, seq, room_epoch, slot, epoch, sha256, library, bytes, at)
+             select id, ?, room_epoch, ?, ?, ?, ?, ?, cast(unixepoch('subsec') * 1000 as integer)
+             from document where id = ? and not deleted and room_epoch = ?
+             on conflict (document, seq) do nothing",
+        )
+        .bind(seq.0)
+        .bind(ownership.slot.0)
+        .bind(ownership.epoch.0)
+        .bind(snapshot_hash(document, *room_epoch, *seq, bytes))
+        .bind(LIBRARY)
+        .bind(bytes.as_ref())
+        .bind(document.as_str())
+        .bind(room_epoch.0)
+        .execute(&mut *write)
+        .await
+        .map_err(failed)?;
+        write.commit().await.map_err(failed)?;
+        Ok(Fence::Held)
+    }
+
+    async fn compact(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+    ) -> Result<Fence, StoreError> {
+        let mut write = self.write().await?;
+        if !holds(&mut write, ownership).await? {
+            return Ok(Fence::Fenced);
+        }
+        let room_epoch: Option<i64> =
+            sqlx::query_scalar("select room_epoch from document where id = ?")
+                .bind(document.as_str())
+                .fetch_optional(&mut *write)
+                .await
+                .map_err(failed)?;
+        let Some(room_epoch) = room_epoch else {
+            return Ok(Fence::Held);
+        };
+        // Only snapshots that verify count as kept.
+        let mut kept = 0;
+        for seq in snapshots(&mut write, document, Seq(0)).await? {
+            if verified(&mut write, document, RoomEpoch(room_epoch), seq)
+                .await?
+                .is_none()
+            {
+                continue;
+            }
+            kept += 1;
+            if kept == SNAPSHOTS_KEPT {
+                for cut in [
+                    "delete from update_log where document = ? and seq <= ?",
+                    "delete from snapshot where document = ? and seq < ?",
+                ] {
+                    sqlx::query(cut)
+                        .bind(document.as_str())
+                        .bind(seq.0)
+                        .execute(&mut *write)
+                        .await
+                        .map_err(failed)?;
+                }
+                break;
+            }
+        }
+        write.commit().await.map_err(failed)?;
+        Ok(Fence::Held)
+    }
+
+    async fn documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<DocumentRow>, StoreError> {
+        let rows = sqlx::query(DOCUMENTS)
+            .bind(after.map_or("", DocumentId::as_str))
+            .bind(None::<&str>)
+            .bind(limit)
+            .fetch_all(&self.readers)
+            .await
+            .map_err(failed)?;
+        rows.iter().map(document_row).collect()
+    }
+
+    async fn document(&self, document: &DocumentId) -> Result<Option<DocumentRow>, StoreError> {
+        let row = sqlx::query(DOCUMENTS)
+            .bind("")
+            .bind(document.as_str())
+            .bind(1)
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed)?;
+        row.as_ref().map(document_row).transpose()
+    }
+
+    async fn register(
+        &self,
+        member: &Registration,
+        slots: u16,
+        lease: Duration,
+    ) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("insert into control (slots) values (?) on conflict do nothing")
+            .bind(slots)
+            .execute(&mut *write)
+            .await
+            .map_err(failed)?;
+        let existing: u16 = sqlx::query_scalar("select slots from control")
+            .fetch_one(&mut *write)
+            .await
+            .map_err(failed)?;
+        if existing != slots {
+            return Err(StoreError::Unusable(format!(
+                "the data folder was created with {existing} slots and this node was started with {slots}; \
+                 the number of slots cannot change"
+            )));
+        }
+        sqlx::query(
+            "with recursive n(slot) as (values (0) union all select slot + 1 from n where slot + 1 < ?)
+             insert into slot (slot) select slot from n where true on conflict do nothing",
+        )
+        .bind(slots)
+        .execute(&mut *write)
+        .await
+        .map_err(failed)?;
+        write.commit().await.map_err(failed)?;
+        *self.member.lock().expect("no holder panics") = Some(Member {
+            node: member.node.clone(),
+            incarnation: member.incarnation,
+            pod_uid: member.pod_uid.clone(),
+            address: member.address.clone(),
+            zone: member.zone.clone(),
+            weight: member.weight,
+            state: MemberState::Active,
+            lease_left: lease,
+            load: None,
+            load_age: Duration::ZERO,
+        });
+        Ok(())
+    }
+
+    async fn renew(
+        &self,
+        incarnation: Uuid,
+        lease: Duration,
+        load: LoadSample,
+    ) -> Result<Option<Renewed>, StoreError> {
+        let placement_version = self.placement().await?.version;
+        let mut member = self.member.lock().expect("no holder panics");
+        let Some(member) = member
+            .as_mut()
+            .filter(|member| member.incarnation == incarnation)
+        else {
+            return Ok(None);
+        };
+        member.lease_left = lease;
+        member.load = Some(load);
+        Ok(Some(Renewed {
+            members: vec![member.clone()],
+            placement_version,
+            timeline: String::new(),
+        }))
+    }
+
+    async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
+        let mut member = self.member.lock().expect("no holder panics");
+        if let Some(member) = member
+            .as_mut()
+            .filter(|member| member.incarnation == incarnation)
+        {
+            member.state = state;
+        }
+        Ok(())
+    }
+
+    async fn leave(&self, incarnation: Uuid) -> Result<(), StoreError> {
+        self.member
+            .lock()
+            .expect("no holder panics")
+            .take_if(|member| member.incarnation == incarnation);
+        Ok(())
+    }
+
+    async fn map(&self, horizon: i64) -> Result<MapChange, StoreError> {
+        let mut view = self.readers.begin().await.map_err(failed)?;
+        let revision: Option<i64> = sqlx::query_scalar("select revision from control")
+            .fetch_optional(&mut *view)
+            .await
+            .map_err(failed)?;
+        let rows =
+            sqlx::query("select slot, owner, epoch from slot where revision >= ? order by slot")
+                .bind(horizon)
+                .fetch_all(&mut *view)
+                .await
+                .map_err(failed)?;
+        let slots = rows
+            .iter()
+            .map(|row| {
+                Ok(SlotRow {
+                    slot: Slot(get(row, 0)?),
+                    owner: get(row, 1)?,
+                    epoch: Epoch(get(row, 2)?),
+                })
+            })
+            .collect::<Result<_, StoreError>>()?;
+        Ok(MapChange {
+            horizon: revision.map_or(0, |revision| revision + 1),
+            slots,
+        })
+    }
+
+    async fn claim(
+        &self,
+        incarnation: Uuid,
+        slots: &[Slot],
+        claim: Claim,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let Claim::Orphaned = claim;
+        if self
+            .member
+            .lock()
+            .expect("no holder panics")
+            .as_ref()
+            .map(|member| member.incarnation)
+            != Some(incarnation)
+        {
+            return Ok(Vec::new());
+        }
+        let numbers = serde_json::to_string(slots).map_err(unusable)?;
+        let mut write = self.write().await?;
+        sqlx::query("update control set revision = revision + 1")
+            .execute(&mut *write)
+            .await
+            .map_err(failed)?;
+        // Whoever else owned a slot was an earlier run in this folder.
+        let rows = sqlx::query(
+            "update slot set owner = ?1, epoch = epoch + 1, adoptions = adoptions + (owner is not null),
+               revision = (select revision from control)
+             where slot in (select value from json_each(?2)) and owner is not ?1
+             returning slot, epoch",
+        )
+        .bind(incarnation)
+        .bind(numbers)
+        .fetch_all(&mut *write)
+        .await
+        .map_err(failed)?;
+        write.commit().await.map_err(failed)?;
+        let mut taken = rows
+            .iter()
+            .map(|row| Ok((Slot(get(row, 0)?), Epoch(get(row, 1)?))))
+            .collect::<Result<Vec<_>, StoreError>>()?;
+        taken.sort_unstable();
+        Ok(taken)
+    }
+
+    async fn hand_off(
+        &self,
+        _from: &[Ownership],
+        _to: Uuid,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        Ok(Vec::new()) // there is no other member
+    }
+
+    async fn placement(&self) -> Result<Placement, StoreError> {
+        let row = sqlx::query("select placement_version, placement from control")
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed)?;
+        let Some(row) = row else {
+            return Ok(Placement::default());
+        };
+        let slots = serde_json::from_str(get(&row, 1)?).map_err(unusable)?;
+        Ok(Placement {
+            version: get(&row, 0)?,
+            slots,
+        })
+    }
+
+    async fn take_term(&self, holder: &str) -> Result<Term, StoreError> {
+        let term =
+            sqlx::query_scalar("update control set term = term + 1, holder = ? returning term")
+                .bind(holder)
+                .fetch_one(&self.writer)
+                .await
+                .map_err(failed)?;
+        Ok(Term(term))
+    }
+
+    async fn set_placement(
+        &self,
+        term: Term,
+        slots: &[NodeId],
+    ) -> Result<Result<(), Term>, StoreError> {
+        let mut write = self.write().await?;
+        if let Err(current) = grant(&mut write, term).await? {
+            return Ok(Err(current));
+        }
+        sqlx::query(
+            "update control set placement = ?1, placement_version = placement_version + 1 where placement is not ?1",
+        )
+        .bind(serde_json::to_string(slots).map_err(unusable)?)
+        .execute(&mut *write)
+        .await
+        .map_err(failed)?;
+        write.commit().await.map_err(failed)?;
+        Ok(Ok(()))
+    }
+
+    async fn set_drain(
+        &self,
+        term: Term,
+        node: &NodeId,
+        drain: bool,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let mut write = self.write().await?;
+        if let Err(current) = grant(&mut write, term).await? {
+            return Ok(Err(current));
+        }
+        write.commit().await.map_err(failed)?;
+        let mut member = self.member.lock().expect("no holder panics");
+        if let Some(member) = member.as_mut().filter(|member| member.node == *node) {
+            member.state = match (drain, member.state) {
+                (true, MemberState::Active) => MemberState::Draining,
+                (true, state) => state, // a node that has drained already stays so
+                (false, _) => MemberState::Active,
+            };
+        }
+        Ok(Ok(()))
+    }
+
+    async fn summary(&self) -> Result<Summary, StoreError> {
+        let row = sqlx::query(
+            "select coalesce((select term from control), 0), (select coalesce(sum(adoptions), 0) from slot),
+               coalesce((select revision from control), 0), 'SQLite ' || sqlite_version()",
+        )
+        .fetch_one(&self.readers)
+        .await
+        .map_err(failed)?;
+        Ok(Summary {
+            term: Term(get(&row, 0)?),
+            adoptions: get(&row, 1)?,
+            revision: get(&row, 2)?,
+            store: StoreReport {
+                version: get(&row, 3)?,
+                synchronous_standby: false,
+                timeline: String::new(),
+            },
+        })
+    }
+
+    async fn map_changed(&self) {
+        std::future::pending().await // there is no other session
+    }
+}
+
+async fn holds(
+    connection: &mut SqliteConnection,
+    ownership: Ownership,
+) -> Result<bool, StoreError> {
+    sqlx::query_scalar(
+        "select exists (select 1 from slot where slot = ? and epoch = ? and owner = ?)",
+    )
+    .bind(ownership.slot.0)
+    .bind(ownership.epoch.0)
+    .bind(ownership.incarnation)
+    .fetch_one(connection)
+    .await
+    .map_err(failed)
+}
+
+/// Raises the newest term to this one, or answers a newer one.
+async fn grant(
+    connection: &mut SqliteConnection,
+    term: Term,
+) -> Result<Result<(), Term>, StoreError> {
+    let current: i64 = sqlx::query_scalar("update control set term = max(term, ?) returning term")
+        .bind(term.0)
+        .fetch_one(connection)
+        .await
+        .map_err(failed)?;
+    Ok(if current == term.0 {
+        Ok(())
+    } else {
+        Err(Term(current))
+    })
+}
+
+/// Seqs of a document's snapshots from `least` on, newest first.
+async fn snapshots(
+    connection: &mut SqliteConnection,
+    document: &DocumentId,
+    least: Seq,
+) -> Result<Vec<Seq>, StoreError> {
+    let seqs: Vec<i64> = sqlx::query_scalar(
+        "select seq from snapshot where document = ? and seq >= ? order by seq desc",
+    )
+    .bind(document.as_str())
+    .bind(least.0)
+    .fetch_all(connection)
+    .await
+    .map_err(failed)?;
+    Ok(seqs.into_iter().map(Seq).collect())
+}
+
+/// Reads a snapshot, if its hash is that of what it says it is.
+async fn verified(
+    connection: &mut SqliteConnection,
+    document: &DocumentId,
+    room_epoch: RoomEpoch,
+    seq: Seq,
+) -> Result<Option<Bytes>, StoreError> {
+    let row = sqlx::query("select sha256, bytes from snapshot where document = ? and seq = ?")
+        .bind(document.as_str())
+        .bind(seq.0)
+        .fetch_one(connection)
+        .await
+        .map_err(failed)?;
+    let (hash, bytes) = (
+        get::<Vec<u8>>(&row, 0)?,
+        Bytes::from(get::<Vec<u8>>(&row, 1)?),
+    );
+    Ok((snapshot_hash(document, room_epoch, seq, &bytes) == hash).then_some(bytes))
+}
+
+/// Live documents after `?1`, or the one that `?2` names.
+const DOCUMENTS: &str = "
+select d.id, d.created_at,
+  coalesce((select at from update_log where document = d.id order by seq desc limit 1),
+    (select at from snapshot where document = d.id order by seq desc limit 1), d.created_at),
+  max(d.base_seq, coalesce((select max(seq) from update_log where document = d.id), 0),
+    coalesce((select max(seq) from snapshot where document = d.id), 0))
+from document d
+where not d.deleted and d.id > ?1 and (?2 is null or d.id = ?2)
+order by d.id limit ?3";
+
+fn document_row(row: &SqliteRow) -> Result<DocumentRow, StoreError> {
+    Ok(DocumentRow {
+        id: document_id(get(row, 0)?)?,
+        created_ms: get(row, 1)?,
+        updated_ms: get(row, 2)?,
+        seq: Seq(get(row, 3)?),
+    })
+}
+
+fn get<'row, T>(row: &'row SqliteRow, column: usize) -> Result<T, StoreError>
+where
+    T: sqlx::Decode<'row, Database> + sqlx::Type<Database>,
+{
+    row.try_get(column).map_err(unusable)
+}
+
+fn document_id(text: String) -> Result<DocumentId, StoreError> {
+    DocumentId::try_from(text).map_err(unusable)
+}
+
+fn unusable(reason: impl ToString) -> StoreError {
+    StoreError::Unusable(reason.to_string())
+}
+
+fn failed(error: sqlx::Error) -> StoreError {
+    // Primary result codes: 1 error in the statement, 11 corrupt, 19 constraint, 26 not a database.
+    let code = error
+        .as_database_error()
+        .and_then(|error| error.code())
+        .and_then(|code| code.parse::<i32>().ok());
+    match code.map(|code| code & 0xff) {
+        Some(1 | 11 | 19 | 26) => StoreError::Unusable(error.to_string()),
+        _ => StoreError::Unavailable(error),
+    }
+}
