@@ -64,34 +64,43 @@ seccompProfile: {type: RuntimeDefault}
   verbs: [get, list, watch]
 - apiGroups: [collabcluster.io]
   resources: [collabclusters/status]
-  verbs: [get, patch, update]
-# To make its objects children of a CollabCluster that blocks on them, where the admission plugin for that is on.
+  verbs: [get, patch]
+# Its objects are children of a CollabCluster that waits for them; some API servers ask for this right then.
 - apiGroups: [collabcluster.io]
   resources: [collabclusters/finalizers]
   verbs: [update]
 - apiGroups: [apps]
   resources: [statefulsets]
-  verbs: [create, delete, get, list, patch, update, watch]
+  verbs: [create, get, list, patch, watch]
+- apiGroups: [""]
+  resources: [configmaps, secrets, serviceaccounts, services]
+  verbs: [create, get, patch]
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
-  verbs: [create, delete, get, list, patch, update, watch]
-- apiGroups: [""]
-  resources: [secrets, serviceaccounts, services]
-  verbs: [create, delete, get, list, patch, update, watch]
-- apiGroups: [""]
-  resources: [persistentvolumeclaims]
-  verbs: [delete, get, list, patch, watch]
+  verbs: [create, get, patch]
 - apiGroups: [rbac.authorization.k8s.io]
   resources: [roles, rolebindings]
-  verbs: [create, delete, get, list, patch, update, watch]
-# Nobody may grant what he does not hold: this is also what each Patroni gets for its own namespace.
-- apiGroups: [""]
-  resources: [configmaps, endpoints, pods]
-  verbs: [create, delete, deletecollection, get, list, patch, update, watch]
-- apiGroups: ["", events.k8s.io]
-  resources: [events]
-  verbs: [create, patch, update]
+  verbs: [create, get, patch]
 - apiGroups: [monitoring.coreos.com]
   resources: [podmonitors]
-  verbs: [create, delete, get, list, patch, update, watch]
+  verbs: [create, delete, get, patch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [delete, get, list, patch, update, watch]
+# Nobody may grant what he does not hold. This, with pods above and the creation of services, is what the Patroni of
+# each managed Postgres gets in its own namespace.
+- apiGroups: [""]
+  resources: [endpoints]
+  verbs: [create, delete, deletecollection, get, list, patch, update, watch]
+{{- end }}
+
+{{- /* Kube nodes have no namespace. */}}
+{{- define "collab-operator.kubeNodeRules" -}}
+# To tell a pod that is slow from one whose machine is lost.
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [get]
 {{- end }}
