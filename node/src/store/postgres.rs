@@ -149,16 +149,11 @@ impl Postgres {
     }
 
     async fn migrate(&self) -> Result<(), StoreError> {
-        let mut session = self
-            .control
-            .acquire()
-            .await
-            .map_err(|error| self.failed(error))?;
         // A newer node may have been here: what it added does not disturb this one.
         let mut migrations = sqlx::migrate!("migrations/postgres");
         migrations.set_ignore_missing(true);
         migrations
-            .run(&mut *session)
+            .run(&self.control)
             .await
             .map_err(|error| match error {
                 sqlx::migrate::MigrateError::Execute(error) => self.failed(error),
