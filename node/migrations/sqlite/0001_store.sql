@@ -2,7 +2,7 @@
 -- Times are milliseconds since 1970 (UTC).
 
 create table control (
-  only_row integer primary key default 1 check (only_row = 1),
+  only_row integer not null unique default 1 check (only_row = 1),
   slots integer not null,
   term integer not null default 0,
   holder text not null default '',

@@ -230,7 +230,12 @@ impl Postgres {
         }
     }
 
-    async fn claim_once(&self, incarnation: Uuid, slots: &[i32]) -> Result<Vec<PgRow>, StoreError> {
+    async fn claim_within(
+        &self,
+        limit: Duration,
+        incarnation: Uuid,
+        slots: &[i32],
+    ) -> Result<Vec<PgRow>, StoreError> {
         // Judged first, locked second, compared third: a row that changed while this waited for its
         // lock is left alone. (An outer join to member under the lock would be evaluated again for
         // the new owner without finding it, and take the slot from a live member.)
@@ -253,7 +258,7 @@ impl Postgres {
         .bind(slots)
         .bind(incarnation)
         .bind(format!("{}ms", CLAIM_LOCK_TIMEOUT.as_millis()));
-        self.run(&self.control, CONTROL_TIMEOUT, query).await
+        self.run(&self.control, limit, query).await
     }
 
     /// Ends the sessions of the processes that a claim of these slots would fence.
@@ -806,10 +811,13 @@ impl Store for Postgres {
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
         let Claim::Orphaned = claim;
         let numbers: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
-        let rows = match self.claim_once(incarnation, &numbers).await {
-            Err(StoreError::Unavailable(error)) if is_lock_timeout(&error) => {
+        // `lock_timeout` bounds the wait for each holder of a lock, and holders may take turns.
+        let patience = 3 * CLAIM_LOCK_TIMEOUT;
+        let rows = match self.claim_within(patience, incarnation, &numbers).await {
+            Err(StoreError::Unavailable(error)) if is_held_up(&error) => {
                 self.end_sessions_of_lost_owners(&numbers).await?;
-                self.claim_once(incarnation, &numbers).await?
+                self.claim_within(CONTROL_TIMEOUT, incarnation, &numbers)
+                    .await?
             }
             rows => rows?,
         };
@@ -1134,10 +1142,14 @@ fn unusable(reason: impl ToString) -> StoreError {
     StoreError::Unusable(reason.to_string())
 }
 
-fn is_lock_timeout(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .is_some_and(|error| error.code().as_deref() == Some("55P03"))
+/// The statement waited for a lock for too long, or for too many of them.
+fn is_held_up(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::TimedOut,
+        error => error
+            .as_database_error()
+            .is_some_and(|error| error.code().as_deref() == Some("55P03")),
+    }
 }
 
 async fn within<T>(
