@@ -1,0 +1,4 @@
+//! Tier process.
+
+mod store_conformance;
+mod write_rule;

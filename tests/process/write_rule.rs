@@ -1,0 +1,194 @@
+//! The write rule raced against claims on real Postgres, and shown to be needed: the same statement
+//! without its lock, or with a weaker one, loses updates in the same race.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use collab_core::ids::{DocumentId, Seq, Slot};
+use collab_node::store::postgres::{APPEND, Postgres};
+use collab_node::store::{Claim, Loaded, Registration, Store};
+use collab_tests::postgres::Postgres as Server;
+use sqlx::{AssertSqlSafe, PgPool, Row};
+use tokio::sync::Barrier;
+use uuid::Uuid;
+
+/// Takeovers per statement; each has its own slot.
+const RACES: u16 = 150;
+/// Sessions of the old owner that append to the slot all the time. One, as a node never has two
+/// statements for one slot in flight: two that overlap can keep a claim waiting for as long as they like.
+const APPENDERS: usize = 1;
+/// Rows in each append.
+const ROWS: usize = 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_update_appears_behind_the_back_of_a_new_owner() {
+    let outcome = race(APPEND.to_owned()).await;
+    println!("the write rule: {outcome:?}");
+    assert_eq!(outcome.violations, 0, "{outcome:?}");
+    assert!(
+        outcome.appended > 10 * usize::from(RACES),
+        "the owner was not busy: {outcome:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_race_catches_a_statement_that_looks_without_a_lock() {
+    let outcome = race(mutant("for share of s", "")).await;
+    println!("without the lock: {outcome:?}");
+    assert!(outcome.violations > 0, "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_race_catches_a_lock_that_a_claim_does_not_wait_for() {
+    let outcome = race(mutant("for share of s", "for key share of s")).await;
+    println!("with `for key share`: {outcome:?}");
+    assert!(outcome.violations > 0, "{outcome:?}");
+}
+
+/// What a run of [`RACES`] takeovers came to.
+#[derive(Debug, Default)]
+struct Outcome {
+    /// Takeovers after which a row of the old owner appeared that the new owner had not loaded.
+    violations: usize,
+    /// Rows that the old owners appended.
+    appended: usize,
+    /// The longest time a claim took.
+    slowest_claim: Duration,
+}
+
+fn mutant(from: &str, to: &str) -> String {
+    let mutant = APPEND.replace(from, to);
+    assert_ne!(mutant, APPEND, "the statement no longer says {from}");
+    mutant
+}
+
+/// Lets a new owner take slot after slot from a busy old one, and load as the load rule says.
+async fn race(statement: String) -> Outcome {
+    let server = Server::shared().await;
+    let url = server.database().await;
+    let store = Postgres::connect(&url).await.unwrap();
+    let new = Registration {
+        node: "new".into(),
+        incarnation: Uuid::new_v4(),
+        pod_uid: "new".to_owned(),
+        address: String::new(),
+        zone: String::new(),
+        weight: 100,
+    };
+    store
+        .register(&new, 256, Duration::from_secs(600))
+        .await
+        .unwrap();
+    // The old owner is no member any more, but its process does not know.
+    let pool = PgPool::connect(&url).await.unwrap();
+    let old = Uuid::new_v4();
+    sqlx::query("update slot set owner = $1, epoch = 1")
+        .bind(old)
+        .execute(&pool)
+        .await
+        .unwrap();
+
+    let mut outcome = Outcome::default();
+    let statement = Arc::new(statement);
+    for slot in 0..RACES {
+        let over = Arc::new(AtomicBool::new(false));
+        let started = Arc::new(Barrier::new(APPENDERS + 1));
+        let mut appenders = Vec::new();
+        for number in 0..APPENDERS {
+            let document = format!("doc-{slot}-{number}");
+            sqlx::query("insert into document (id, slot) values ($1, $2)")
+                .bind(&document)
+                .bind(i32::from(slot))
+                .execute(&pool)
+                .await
+                .unwrap();
+            let (pool, statement, over, started) = (
+                pool.clone(),
+                statement.clone(),
+                over.clone(),
+                started.clone(),
+            );
+            appenders.push(tokio::spawn(async move {
+                append_until_fenced(&pool, &statement, slot, old, &document, &over, &started).await
+            }));
+        }
+        started.wait().await;
+        tokio::time::sleep(Duration::from_millis(u64::from(slot % 7))).await;
+
+        let began = Instant::now();
+        let taken = store
+            .claim(new.incarnation, &[Slot(slot)], Claim::Orphaned)
+            .await
+            .unwrap();
+        outcome.slowest_claim = outcome.slowest_claim.max(began.elapsed());
+        assert_eq!(taken.len(), 1);
+        let mut loaded = Vec::new();
+        for number in 0..APPENDERS {
+            let document = DocumentId::new(&format!("doc-{slot}-{number}")).unwrap();
+            let Loaded::Live { last, .. } = store.load(&document).await.unwrap() else {
+                panic!("not live")
+            };
+            loaded.push((document, last));
+        }
+        over.store(true, Ordering::Relaxed);
+        for appender in appenders {
+            appender.await.unwrap();
+        }
+        let mut violated = false;
+        for (document, last) in loaded {
+            let rows: i64 =
+                sqlx::query_scalar("select count(*) from update_log where document = $1")
+                    .bind(document.as_str())
+                    .fetch_one(&pool)
+                    .await
+                    .unwrap();
+            outcome.appended += usize::try_from(rows).unwrap();
+            violated |= Seq(rows) != last;
+        }
+        outcome.violations += usize::from(violated);
+    }
+    outcome
+}
+
+/// Appends to one document under the old epoch, batch after batch, until the answer is "not held".
+async fn append_until_fenced(
+    pool: &PgPool,
+    statement: &str,
+    slot: u16,
+    owner: Uuid,
+    document: &str,
+    over: &AtomicBool,
+    started: &Barrier,
+) {
+    let mut session = pool.acquire().await.unwrap();
+    let bytes = [7_u8; 60];
+    let checksum = i64::from(crc32c::crc32c(&bytes));
+    let mut next = 1_i64;
+    loop {
+        let seqs: Vec<i64> = (next..).take(ROWS).collect();
+        let row = sqlx::query(AssertSqlSafe(statement))
+            .bind(vec![i32::from(slot)])
+            .bind(vec![1_i64])
+            .bind(vec![owner])
+            .bind(vec![1_i64; ROWS])
+            .bind(vec![document; ROWS])
+            .bind(&seqs)
+            .bind(vec![checksum; ROWS])
+            .bind(vec![bytes.as_slice(); ROWS])
+            .bind(vec![""; ROWS])
+            .fetch_one(&mut *session)
+            .await
+            .unwrap();
+        let held: Option<Vec<i32>> = row.try_get(0).unwrap();
+        if next == 1 {
+            assert!(held.is_some(), "the race began too late");
+            started.wait().await;
+        }
+        // The last batch after the takeover is the one that may have slipped through.
+        if held.is_none() || over.load(Ordering::Relaxed) {
+            return;
+        }
+        next += i64::try_from(ROWS).unwrap();
+    }
+}
