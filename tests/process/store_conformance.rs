@@ -1139,14 +1139,7 @@ async fn a_killed_database_is_an_outage_and_loses_nothing() {
 
     server.restart().await.unwrap();
     let started = Instant::now();
-    while bench
-        .store
-        .append(&[node.update(&doc, 1, 6, "6")])
-        .await
-        .is_err()
-    {
-        assert!(started.elapsed() < Duration::from_secs(10));
-    }
+    until_answered(|| async { bench.store.append(&[node.update(&doc, 1, 6, "6")]).await }).await;
     println!(
         "the first append after the restart was answered after {:?}",
         started.elapsed()
@@ -1155,6 +1148,85 @@ async fn a_killed_database_is_an_outage_and_loses_nothing() {
         bench.content(&doc).await,
         content(None, &["1", "2", "3", "4", "5", "6"], 6)
     );
+}
+
+#[tokio::test]
+async fn a_failover_of_the_database_is_seen() {
+    let mut server = Server::start().await;
+    let bench = Bench::postgres_at(server.url()).await;
+    let node = bench.owner().await;
+    let doc = document("a");
+    node.write(&doc, 1, 1..=2).await;
+    let renew = || {
+        bench
+            .store
+            .renew(node.incarnation, LEASE, LoadSample::default())
+    };
+    assert_eq!(renew().await.unwrap().unwrap().timeline, "00000001");
+    let seen = bench.store.map(0).await.unwrap();
+
+    server.restart_as_standby().await.unwrap();
+    for _ in 0..2 {
+        let failed = bench
+            .store
+            .append(&[node.update(&doc, 1, 3, "3")])
+            .await
+            .unwrap_err();
+        assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
+        assert!(
+            matches!(bench.store.load(&doc).await, Err(LoadError::Store(_))),
+            "nothing is read from it"
+        );
+    }
+    server.promote().await.unwrap();
+    let renewed = until_answered(renew).await.unwrap();
+    assert_eq!(renewed.timeline, "00000002");
+    let map = bench.store.map(seen.horizon).await.unwrap();
+    assert_eq!(
+        map.slots.len(),
+        usize::from(SLOTS),
+        "transaction ids may have gone back: all is told"
+    );
+    assert_ne!(
+        bench.store.map(map.horizon).await.unwrap().slots.len(),
+        usize::from(SLOTS)
+    );
+    until_answered(|| async { bench.store.append(&[node.update(&doc, 1, 3, "3")]).await }).await;
+    assert_eq!(
+        bench.content(&doc).await,
+        content(None, &["1", "2", "3"], 3)
+    );
+}
+
+/// A cancelled commit would be answered with success before the standby has it.
+#[tokio::test]
+async fn a_statement_that_writes_is_not_cancelled_by_a_timeout_of_the_role() {
+    let server = Server::shared().await;
+    let url = server.database().await;
+    let bench = Bench::postgres_at(url).await;
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    bench.execute("do $$ begin execute 'alter database ' || current_database() || ' set statement_timeout = 50'; end $$").await;
+    let node = bench.owner().await; // registers, and so opens new sessions
+    let doc = document("a");
+    node.create(&doc, 1).await;
+    let mut holder = pool.begin().await.unwrap();
+    sqlx::query("select from slot where slot = 1 for update")
+        .execute(&mut *holder)
+        .await
+        .unwrap();
+    let batch = [Append {
+        author: "a\0b".to_owned(),
+        ..node.update(&doc, 1, 1, "1")
+    }];
+    let append = bench.store.append(&batch);
+    let release = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        holder.rollback().await.unwrap();
+    };
+    let (appended, ()) = tokio::join!(append, release);
+    assert_eq!(appended.unwrap().inserted, [(doc, Seq(1))]);
 }
 
 #[tokio::test]
@@ -1422,6 +1494,19 @@ impl Node {
             Created::Created { .. }
         ));
         self.append(document, slot, seqs).await;
+    }
+}
+
+/// Asks again while there is an outage.
+async fn until_answered<T, F: Future<Output = Result<T, StoreError>>>(
+    mut call: impl FnMut() -> F,
+) -> T {
+    let started = Instant::now();
+    loop {
+        match call().await {
+            Ok(answer) => return answer,
+            Err(error) => assert!(started.elapsed() < Duration::from_secs(20), "{error}"),
+        }
     }
 }
 

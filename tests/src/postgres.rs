@@ -147,6 +147,29 @@ impl Postgres {
         self.run().await
     }
 
+    /// Starts the server again as one that only reads, until [`Postgres::promote`]: what a node meets
+    /// in the middle of a failover.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn restart_as_standby(&mut self) -> anyhow::Result<()> {
+        std::fs::write(self.folder.path().join("standby.signal"), "")?;
+        self.restart().await
+    }
+
+    /// Makes a standby the primary, on a new timeline.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub async fn promote(&self) -> anyhow::Result<()> {
+        let mut connection = PgConnection::connect(&self.superuser_url()).await?;
+        let promoted: bool = sqlx::query_scalar("select pg_promote()")
+            .fetch_one(&mut connection)
+            .await?;
+        anyhow::ensure!(promoted, "the server was not promoted");
+        Ok(())
+    }
+
     async fn run(&mut self) -> anyhow::Result<()> {
         let started = tokio::time::Instant::now();
         while started.elapsed() < PATIENCE {

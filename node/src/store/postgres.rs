@@ -25,7 +25,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
 use sqlx::query::Query;
 use sqlx::types::Json;
-use sqlx::{Connection, PgConnection, Row};
+use sqlx::{Connection, Executor, PgConnection, Row};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -46,6 +46,8 @@ const DATA_TIMEOUT: Duration = Duration::from_secs(10);
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two attempts to listen for changes of the map.
 const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// After so much silence the session that listens is asked whether it is still there.
+const LISTEN_CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// Sessions that append and change documents. Few: batches are large and at most two are in flight.
 const WRITE_SESSIONS: u32 = 4;
@@ -217,7 +219,9 @@ impl Postgres {
                 _,
             ) => StoreError::Unusable(error.to_string()),
             // 40 rolled back, 53 insufficient resources, 55 lock not available: the session is fine.
-            (_, Some("40" | "53" | "55")) => StoreError::Unavailable(error),
+            (_, Some("40" | "53" | "55")) | (sqlx::Error::PoolTimedOut, _) => {
+                StoreError::Unavailable(error)
+            }
             _ => {
                 // The server has gone, or is another one now; the other sessions would find out one by one.
                 *self
@@ -427,10 +431,11 @@ impl Store for Postgres {
                     .map(|append| append.bytes.as_ref())
                     .collect::<Vec<_>>(),
             )
+            // The one byte that Postgres has no text for must not fail a batch.
             .bind(
                 batch
                     .iter()
-                    .map(|append| append.author.as_str())
+                    .map(|append| append.author.replace('\0', ""))
                     .collect::<Vec<_>>(),
             );
         let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
@@ -959,9 +964,18 @@ async fn listen(pool: PgPool, map_changed: Arc<Notify>) {
             let mut listener = PgListener::connect_with(&pool).await?;
             listener.listen(MAP_CHANNEL).await?;
             loop {
-                // Also when the session was lost and is there again: who knows what was missed.
-                listener.try_recv().await?;
-                map_changed.notify_one();
+                match timeout(LISTEN_CHECK_EVERY, listener.try_recv()).await {
+                    Ok(notification) => {
+                        if notification?.is_none() {
+                            // The session was lost and is there again: who knows what was missed.
+                            tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
+                        }
+                        map_changed.notify_one();
+                    }
+                    Err(_) => {
+                        within(CONTROL_TIMEOUT, listener.execute("select")).await?;
+                    }
+                }
             }
         };
         let lost: Result<(), sqlx::Error> = lost.await;
