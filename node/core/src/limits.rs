@@ -19,10 +19,16 @@ pub const POINTS_PER_NODE: u32 = 256;
 pub const FRAME_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Deepest nesting of values inside one update.
 pub const UPDATE_DEPTH_MAX: usize = 64;
+/// Deepest nesting of shared types in a document: `yrs` deletes and reads them by recursion.
+pub const DOCUMENT_DEPTH_MAX: u16 = 256;
 /// Most structs (blocks) in one update.
 pub const UPDATE_STRUCTS_MAX: u64 = 1_000_000;
 /// Most ranges in the delete set of one update.
 pub const UPDATE_DELETE_RANGES_MAX: u64 = 1_000_000;
+/// Most JSON-like values in one update: `yrs` takes up to a hundred bytes for one of two bytes.
+pub const UPDATE_VALUES_MAX: u64 = 1_000_000;
+/// Most subdocuments in one update; each is a whole `yrs` document.
+pub const UPDATE_SUBDOCUMENTS_MAX: u64 = 10_000;
 /// Largest client id: 53 bits, the integers that JavaScript has exactly.
 pub const CLIENT_ID_MAX: u64 = (1 << 53) - 1;
 /// A clock plus a length stays below this.
@@ -33,6 +39,10 @@ pub const STATE_VECTOR_CLIENTS_MAX: u64 = 1_000_000;
 pub const AWARENESS_BYTES_MAX: usize = 64 * 1024;
 /// Most entries in one awareness message.
 pub const AWARENESS_CLIENTS_MAX: u64 = 10_000;
+/// Largest payload of a "saved" message (102); clients put a number in it.
+pub const SAVED_BYTES_MAX: usize = 256;
+/// Most client ids one socket may speak for: the tabs of one browser share theirs.
+pub const PRESENCE_PER_CONNECTION_MAX: usize = 16;
 
 /// Most updates in one commit.
 pub const BATCH_UPDATES_MAX: usize = 1_000;
@@ -50,7 +60,7 @@ pub const SNAPSHOT_AFTER_UPDATES: i64 = 500;
 pub const SNAPSHOTS_KEPT: i64 = 2;
 
 /// How long a member owns its slots after a renewal.
-pub const LEASE: Duration = Duration::from_millis(2_000);
+pub const LEASE: Duration = Duration::from_secs(2);
 /// Between two renewals.
 pub const LEASE_RENEW_EVERY: Duration = Duration::from_millis(500);
 /// Without a renewal for this long an owner stops acknowledging.

@@ -18,6 +18,7 @@
 //! but the first of a session, is scanned without allocation.
 
 mod causal;
+mod depth;
 mod structs;
 
 use smallvec::SmallVec;
@@ -25,6 +26,7 @@ use smallvec::SmallVec;
 use crate::limits::{STATE_VECTOR_CLIENTS_MAX, UPDATE_DELETE_RANGES_MAX, UPDATE_STRUCTS_MAX};
 
 pub use causal::{Gap, Novelty};
+pub use depth::{Depths, TooDeep};
 pub use structs::Id;
 use structs::{Pass, Source};
 
@@ -170,6 +172,13 @@ impl Scan<'_> {
     /// Whether there is nothing in it: neither structs nor deletes.
     pub fn is_empty(&self) -> bool {
         self.summary == Summary::default()
+    }
+
+    /// Each client with structs, and the clock after its last one.
+    pub fn client_ends(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.sections
+            .iter()
+            .map(|section| (section.client, section.end))
     }
 }
 

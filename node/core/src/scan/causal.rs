@@ -8,7 +8,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
-use super::structs::{Id, Pass, Source, Struct};
+use super::structs::{Id, Pass, Place, Source, Struct};
 use super::{Scan, Section};
 use crate::wire::varint::write_var_uint;
 
@@ -39,7 +39,7 @@ impl Scan<'_> {
     /// `next_clock` is the document's state vector: the number of clocks it has of a client.
     pub fn missing(&self, next_clock: impl Fn(u64) -> u32) -> Option<Gap> {
         let mut walk = Walk::new(self, next_clock);
-        walk.run();
+        walk.run(|_, _| {});
         walk.gap.or_else(|| self.missing_deletes(&walk))
     }
 
@@ -65,7 +65,7 @@ impl Scan<'_> {
     /// already is in the result, except deletes.
     pub fn admissible(&self, next_clock: impl Fn(u64) -> u32) -> Vec<u8> {
         let mut walk = Walk::new(self, next_clock);
-        walk.run();
+        walk.run(|_, _| {});
         let mut update = Vec::new();
         let taken: Vec<_> = walk
             .sections
@@ -142,7 +142,7 @@ struct Delete {
 }
 
 /// How far each section can be integrated into the document.
-struct Walk<'a, F> {
+pub(super) struct Walk<'a, F> {
     sections: SmallVec<[Cursor<'a>; 1]>,
     next_clock: F,
     /// The first need that cannot be met.
@@ -175,7 +175,7 @@ enum State {
 }
 
 impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
-    fn new(scan: &Scan<'a>, next_clock: F) -> Self {
+    pub(super) fn new(scan: &Scan<'a>, next_clock: F) -> Self {
         let mut gap = None;
         let cursor = |section: &Section<'a>| {
             let known = next_clock(section.client);
@@ -207,14 +207,16 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
         }
     }
 
-    fn run(&mut self) {
+    /// Walks as far as it goes. Calls `visit` with each struct that the document has not, in an order
+    /// in which they can be integrated.
+    pub(super) fn run(&mut self, mut visit: impl FnMut(Id, &Struct)) {
         for section in 0..self.sections.len() {
-            self.advance(section);
+            self.advance(section, &mut visit);
         }
     }
 
     /// Walks a section to its end, and others as far as it needs them.
-    fn advance(&mut self, section: usize) {
+    fn advance(&mut self, section: usize, visit: &mut impl FnMut(Id, &Struct)) {
         // Each waits for the next one to reach a clock.
         let mut waiting: SmallVec<[(usize, u32); 4]> =
             smallvec![(section, self.sections[section].end)];
@@ -228,7 +230,7 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
                 waiting.pop();
                 continue;
             }
-            match self.step(section) {
+            match self.step(section, visit) {
                 Ok(()) => {}
                 Err(need) => match self.find(need.client) {
                     Some(other) if self.can_reach(other, need.clock) => {
@@ -247,7 +249,7 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
     }
 
     /// Walks one struct, or says what it needs first.
-    fn step(&mut self, section: usize) -> Result<(), Gap> {
+    fn step(&mut self, section: usize, visit: &mut impl FnMut(Id, &Struct)) -> Result<(), Gap> {
         let cursor = &self.sections[section];
         let known = cursor.reached;
         let mut rest = cursor.rest;
@@ -260,25 +262,18 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
             clock: known,
         };
         // The bytes were checked: this does not fail.
-        let Struct {
-            end,
-            is_skip,
-            refers_to,
-        } = rest.read_struct(id, &mut Pass::Walk).map_err(|_| gap)?;
-        let is_new = end > known;
+        let read = rest.read_struct(id, &mut Pass::Walk).map_err(|_| gap)?;
+        let is_new = read.end > known;
         if is_new {
-            if is_skip {
+            if matches!(read.place, Place::Skipped) {
                 return Err(gap);
             }
-            let foreign = refers_to
-                .iter()
-                .flatten()
-                .filter(|to| to.client != id.client);
-            for &Id { client, clock } in foreign {
+            for Id { client, clock } in read.place.refers_to().filter(|to| to.client != id.client) {
                 if clock >= self.reached(client) {
                     return Err(Gap { client, clock });
                 }
             }
+            visit(id, &read);
         }
         let cursor = &mut self.sections[section];
         if is_new {
@@ -286,9 +281,9 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
                 (cursor.taken_from, cursor.taken_structs) = (cursor.clock, cursor.rest);
             }
             cursor.taken += 1;
-            cursor.reached = end;
+            cursor.reached = read.end;
         }
-        (cursor.clock, cursor.rest) = (end, rest);
+        (cursor.clock, cursor.rest) = (read.end, rest);
         Ok(())
     }
 

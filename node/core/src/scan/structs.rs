@@ -38,15 +38,39 @@ pub struct Id {
     pub clock: u32,
 }
 
-/// What the causal check needs to know of a struct.
+/// What the later readings need to know of a struct.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Struct {
     /// Clock behind its last.
     pub(super) end: u32,
-    /// Whether it only stands for clocks that were left out.
-    pub(super) is_skip: bool,
-    /// What it refers to: its origins, or its parent when that is not a root.
-    pub(super) refers_to: [Option<Id>; 2],
+    pub(super) place: Place,
+}
+
+/// Where a struct belongs.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    /// It only stands for clocks that were left out.
+    Skipped,
+    /// It was collected, with all that was inside it.
+    Collected,
+    /// In a type that the document has by name.
+    Root,
+    /// In the shared type that this item holds.
+    Inside(Id),
+    /// In the type of its origins, of which there is one at least.
+    Beside(Option<Id>, Option<Id>),
+}
+
+impl Place {
+    /// What has to be there before it.
+    pub(super) fn refers_to(self) -> impl Iterator<Item = Id> {
+        let (first, second) = match self {
+            Self::Skipped | Self::Collected | Self::Root => (None, None),
+            Self::Inside(parent) => (Some(parent), None),
+            Self::Beside(origin, right_origin) => (origin, right_origin),
+        };
+        first.into_iter().chain(second)
+    }
 }
 
 /// The first reading of an update checks everything, the later ones only find their way.
@@ -181,54 +205,34 @@ impl<'a> Source<'a> {
                 let end = self.end_of(id.clock)?;
                 Ok(Struct {
                     end,
-                    is_skip: false,
-                    refers_to: [None, None],
+                    place: Place::Collected,
                 })
             }
             SKIP => {
-                let end = self.end_of(id.clock)?;
                 if let Pass::Check(summary) = pass {
                     summary.skips += 1;
                 }
+                let end = self.end_of(id.clock)?;
                 Ok(Struct {
                     end,
-                    is_skip: true,
-                    refers_to: [None, None],
+                    place: Place::Skipped,
                 })
             }
             kind => {
-                let refers_to = self.read_references(id, info, pass)?;
+                let place = self.read_place(info, pass)?;
+                let to_itself = |to: Id| to.client == id.client && to.clock >= id.clock;
+                if place.refers_to().any(to_itself) {
+                    return Err(self.malformed("a struct that refers to itself or what follows it"));
+                }
                 let len = self.read_content(kind, pass)?;
                 let end = self.clock_behind(id.clock, len)?;
-                Ok(Struct {
-                    end,
-                    is_skip: false,
-                    refers_to,
-                })
+                Ok(Struct { end, place })
             }
         }
     }
 
-    fn read_references(
-        &mut self,
-        id: Id,
-        info: u8,
-        pass: &mut Pass<'_>,
-    ) -> Result<[Option<Id>; 2], ScanError> {
-        let refers_to = if info & (HAS_ORIGIN | HAS_RIGHT_ORIGIN) == 0 {
-            let parent = match self.read(Reader::var_uint)? {
-                0 => Some(self.id()?),
-                1 => {
-                    self.text(pass)?;
-                    None
-                }
-                _ => return Err(self.malformed("a parent of unknown kind")),
-            };
-            if info & HAS_KEY != 0 {
-                self.text(pass)?;
-            }
-            [parent, None]
-        } else {
+    fn read_place(&mut self, info: u8, pass: &Pass<'_>) -> Result<Place, ScanError> {
+        if info & (HAS_ORIGIN | HAS_RIGHT_ORIGIN) != 0 {
             let origin = if info & HAS_ORIGIN == 0 {
                 None
             } else {
@@ -239,16 +243,20 @@ impl<'a> Source<'a> {
             } else {
                 Some(self.id()?)
             };
-            [origin, right_origin]
-        };
-        if refers_to
-            .iter()
-            .flatten()
-            .any(|to| to.client == id.client && to.clock >= id.clock)
-        {
-            return Err(self.malformed("a struct that refers to itself or what follows it"));
+            return Ok(Place::Beside(origin, right_origin));
         }
-        Ok(refers_to)
+        let place = match self.read(Reader::var_uint)? {
+            0 => Place::Inside(self.id()?),
+            1 => {
+                self.text(pass)?;
+                Place::Root
+            }
+            _ => return Err(self.malformed("a parent of unknown kind")),
+        };
+        if info & HAS_KEY != 0 {
+            self.text(pass)?;
+        }
+        Ok(place)
     }
 
     /// Reads the content of an item and gives its length in clocks.

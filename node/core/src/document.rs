@@ -1,0 +1,667 @@
+//! One document at its owner, as a state machine: [`Input`] in, [`Effect`]s out.
+//!
+//! It decides what is admitted, in which order updates enter the log, who is told what, and when a
+//! receipt may go out. It does no I/O and knows no clock: whoever drives it performs the effects and
+//! reports back with [`Input::Committed`].
+//!
+//! Two rules hold it together. *Fan-out is at once*: peers see an edit before it is durable, which a
+//! CRDT makes harmless. *What a client could take for a receipt waits*: receipts, step 2 and
+//! catch-up are queued behind the last position that was assigned when they were made, and leave
+//! when it is committed.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+use yrs::updates::decoder::Decode;
+use yrs::updates::encoder::Encode;
+use yrs::{ClientID, Doc, OffsetKind, Options, ReadTxn, StateVector, Transact, Update};
+
+use crate::ids::{ConnectionId, Epoch, Seq};
+use crate::limits::{AWARENESS_EXPIRY, PRESENCE_PER_CONNECTION_MAX};
+use crate::scan::{self, Novelty};
+use crate::wire::awareness;
+use crate::wire::relay::{ToEdge, UpdateKind};
+
+/// An edge as the owner knows it: one stream of one node, or the owner's own edge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EdgeId(pub u64);
+
+/// A client's socket, anywhere in the cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Peer {
+    /// The edge that holds it.
+    pub edge: EdgeId,
+    /// The socket there.
+    pub connection: ConnectionId,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// An edge opened its channel; `since` is what all its sockets have (V1 state vector), or empty.
+    Attach {
+        /// The edge.
+        edge: EdgeId,
+        /// State vector or nothing.
+        since: Bytes,
+    },
+    /// An edge closed its channel or is gone.
+    Detach {
+        /// The edge.
+        edge: EdgeId,
+    },
+    /// A socket joined.
+    Join {
+        /// The socket.
+        peer: Peer,
+        /// The authenticated user, or empty.
+        author: String,
+    },
+    /// A socket left.
+    Leave {
+        /// The socket.
+        peer: Peer,
+    },
+    /// A client wants what it lacks.
+    Step1 {
+        /// The socket.
+        peer: Peer,
+        /// V1 state vector.
+        state_vector: Bytes,
+    },
+    /// A client's edit.
+    Update {
+        /// The socket.
+        peer: Peer,
+        /// Counts the socket's updates.
+        number: u64,
+        /// Answer to a step 1, or a single change.
+        kind: UpdateKind,
+        /// V1 update.
+        update: Bytes,
+    },
+    /// A client's presence, received at `now`.
+    Awareness {
+        /// The socket.
+        peer: Peer,
+        /// Payload as in y-protocols.
+        payload: Bytes,
+        /// Any monotonic clock, always the same.
+        now: Duration,
+    },
+    /// A client asks for everyone's presence.
+    QueryAwareness {
+        /// The socket.
+        peer: Peer,
+    },
+    /// Time passes: presence that was not renewed ends.
+    Expire {
+        /// The clock of [`Input::Awareness`].
+        now: Duration,
+    },
+    /// Every update up to this position is durable.
+    Committed {
+        /// The position.
+        seq: Seq,
+    },
+}
+
+/// What is to be done, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Send to every attached edge; a sender named in it is `from`, known only to its own edge.
+    FanOut {
+        /// The socket that sent it, which already has it.
+        from: Option<Peer>,
+        /// V1 update.
+        update: Bytes,
+    },
+    /// Send presence to every attached edge.
+    Presence {
+        /// Awareness payload.
+        payload: Bytes,
+    },
+    /// Send to one edge.
+    Send {
+        /// The edge.
+        to: EdgeId,
+        /// What.
+        message: ToEdge,
+    },
+    /// Append to the log and report [`Input::Committed`].
+    Append {
+        /// Its position.
+        seq: Seq,
+        /// The client's bytes as they came.
+        update: Bytes,
+        /// The authenticated user, or empty.
+        author: String,
+    },
+    /// An update was not admitted; count it.
+    NotAdmitted {
+        /// For the metric: `invalid`, `gap` or `resync`.
+        reason: &'static str,
+    },
+}
+
+/// Why a stored document cannot be opened.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("update at seq {seq} cannot be applied: {reason}")]
+pub struct OpenError {
+    /// Position of the bad row; 0 for the snapshot.
+    pub seq: Seq,
+    /// What was wrong.
+    pub reason: String,
+}
+
+/// One open document.
+pub struct Document {
+    doc: Doc,
+    epoch: Epoch,
+    assigned: Seq,
+    committed: Seq,
+    /// Last position that a stored snapshot contains.
+    snapshot: Seq,
+    edges: BTreeSet<EdgeId>,
+    sockets: BTreeMap<Peer, Socket>,
+    presence: BTreeMap<u64, Presence>,
+    waiting: VecDeque<Waiting>,
+}
+
+struct Socket {
+    author: String,
+    /// Steps 1 sent and not yet answered. Single changes are passed over meanwhile: the answer has them.
+    unanswered: u32,
+    /// Its last answer had a hole; asked again when the document has grown.
+    stuck: bool,
+}
+
+struct Presence {
+    clock: u32,
+    state: String,
+    peer: Peer,
+    renewed: Duration,
+}
+
+struct Waiting {
+    after: Seq,
+    to: EdgeId,
+    message: ToEdge,
+}
+
+impl Document {
+    /// Opens a document from its snapshot and the log rows after it, in order.
+    ///
+    /// # Errors
+    /// When a row cannot be applied, or leaves a hole: nothing is passed over.
+    pub fn open(
+        epoch: Epoch,
+        snapshot: Option<(Seq, &[u8])>,
+        log: &[(Seq, Bytes)],
+        last: Seq,
+    ) -> Result<Self, OpenError> {
+        let doc = new_doc();
+        let at_snapshot = snapshot.map_or(Seq(0), |(seq, _)| seq);
+        {
+            let mut txn = doc.transact_mut();
+            let rows = log.iter().map(|(seq, bytes)| (*seq, bytes.as_ref()));
+            for (seq, bytes) in snapshot
+                .map(|(_, bytes)| (Seq(0), bytes))
+                .into_iter()
+                .chain(rows)
+            {
+                let failed = |reason: String| OpenError { seq, reason };
+                let update = Update::decode_v1(bytes).map_err(|error| failed(error.to_string()))?;
+                txn.apply_update(update)
+                    .map_err(|error| failed(error.to_string()))?;
+            }
+            if txn.has_missing_updates() {
+                return Err(OpenError {
+                    seq: last,
+                    reason: "an earlier update is missing".to_owned(),
+                });
+            }
+        }
+        Ok(Self {
+            doc,
+            epoch,
+            assigned: last,
+            committed: last,
+            snapshot: at_snapshot,
+            edges: BTreeSet::new(),
+            sockets: BTreeMap::new(),
+            presence: BTreeMap::new(),
+            waiting: VecDeque::new(),
+        })
+    }
+
+    /// Takes one input and says what is to be done.
+    pub fn handle(&mut self, input: Input) -> Vec<Effect> {
+        match input {
+            Input::Attach { edge, since } => self.attach(edge, &since),
+            Input::Detach { edge } => self.detach(edge),
+            Input::Join { peer, author } => self.join(peer, author),
+            Input::Leave { peer } => self.leave(peer),
+            Input::Step1 { peer, state_vector } => self.step1(peer, &state_vector),
+            Input::Update {
+                peer,
+                number,
+                kind,
+                update,
+            } => self.update(peer, number, kind, update),
+            Input::Awareness { peer, payload, now } => self.awareness(peer, &payload, now),
+            Input::QueryAwareness { peer } => self.presence_for(peer).into_iter().collect(),
+            Input::Expire { now } => self.expire(now),
+            Input::Committed { seq } => self.committed(seq),
+        }
+    }
+
+    /// Last position that is known to be durable.
+    pub const fn committed_seq(&self) -> Seq {
+        self.committed
+    }
+
+    /// Last position that was given to an update.
+    pub const fn assigned_seq(&self) -> Seq {
+        self.assigned
+    }
+
+    /// Every assigned position is durable: what the document holds may be stored as a snapshot.
+    pub fn is_settled(&self) -> bool {
+        self.assigned == self.committed
+    }
+
+    /// Log rows after the last stored snapshot.
+    pub const fn tail(&self) -> i64 {
+        self.committed.0 - self.snapshot.0
+    }
+
+    /// A snapshot up to this position is stored.
+    pub fn set_snapshot(&mut self, seq: Seq) {
+        self.snapshot = self.snapshot.max(seq);
+    }
+
+    /// No edge is attached.
+    pub fn is_idle(&self) -> bool {
+        self.edges.is_empty()
+    }
+
+    /// Sockets that joined, over all edges.
+    pub fn connections(&self) -> usize {
+        self.sockets.len()
+    }
+
+    /// The whole state as a V1 update. Cost grows with the document.
+    pub fn encode_state(&self) -> Bytes {
+        self.doc
+            .transact()
+            .encode_state_as_update_v1(&StateVector::default())
+            .into()
+    }
+
+    /// The text of one `Y.Text`; empty when there is none.
+    pub fn text(&self, name: &str) -> String {
+        let txn = self.doc.transact();
+        txn.get_text(name)
+            .map_or_else(String::new, |text| yrs::GetString::get_string(&text, &txn))
+    }
+
+    /// The presence states that are known: client id and JSON.
+    pub fn presence(&self) -> impl Iterator<Item = (u64, &str)> {
+        self.presence
+            .iter()
+            .map(|(client, presence)| (*client, presence.state.as_str()))
+    }
+
+    fn attach(&mut self, edge: EdgeId, since: &[u8]) -> Vec<Effect> {
+        self.edges.insert(edge);
+        let message = ToEdge::Attached {
+            epoch: self.epoch,
+            state_vector: self.state_vector(),
+        };
+        let mut effects = vec![Effect::Send { to: edge, message }];
+        if !since.is_empty() {
+            // A state vector that cannot be read only costs bytes: everything is sent.
+            let since = StateVector::decode_v1(since).unwrap_or_default();
+            let update = self.doc.transact().encode_state_as_update_v1(&since).into();
+            effects.extend(self.once_committed(edge, ToEdge::CatchUp { update }));
+        }
+        effects
+    }
+
+    fn detach(&mut self, edge: EdgeId) -> Vec<Effect> {
+        self.edges.remove(&edge);
+        self.waiting.retain(|waiting| waiting.to != edge);
+        let gone: Vec<Peer> = self
+            .sockets
+            .keys()
+            .filter(|peer| peer.edge == edge)
+            .copied()
+            .collect();
+        gone.into_iter().flat_map(|peer| self.leave(peer)).collect()
+    }
+
+    fn join(&mut self, peer: Peer, author: String) -> Vec<Effect> {
+        let socket = Socket {
+            author,
+            unanswered: 0,
+            stuck: false,
+        };
+        self.sockets.insert(peer, socket);
+        let mut effects = vec![self.ask(peer)];
+        effects.extend(self.presence_for(peer));
+        effects
+    }
+
+    fn leave(&mut self, peer: Peer) -> Vec<Effect> {
+        self.sockets.remove(&peer);
+        self.end_presence(|presence| presence.peer == peer)
+    }
+
+    fn step1(&mut self, peer: Peer, state_vector: &[u8]) -> Vec<Effect> {
+        let known = scan::scan_state_vector(state_vector)
+            .map_err(|error| error.to_string())
+            .and_then(|_| StateVector::decode_v1(state_vector).map_err(|error| error.to_string()));
+        match known {
+            Ok(known) => {
+                let update = self.doc.transact().encode_state_as_update_v1(&known).into();
+                let message = ToEdge::Step2 {
+                    connection: peer.connection,
+                    update,
+                };
+                self.once_committed(peer.edge, message)
+                    .into_iter()
+                    .collect()
+            }
+            Err(error) => refuse(peer, format!("state vector refused: {error}")),
+        }
+    }
+
+    fn update(&mut self, peer: Peer, number: u64, kind: UpdateKind, update: Bytes) -> Vec<Effect> {
+        let Some(socket) = self.sockets.get_mut(&peer) else {
+            return Vec::new(); // it left while this was on its way
+        };
+        match kind {
+            UpdateKind::Step2 => socket.unanswered = socket.unanswered.saturating_sub(1),
+            UpdateKind::Update if socket.unanswered > 0 || socket.stuck => {
+                return vec![Effect::NotAdmitted { reason: "resync" }];
+            }
+            UpdateKind::Update => {}
+        }
+        let author = socket.author.clone();
+        match self.admit(&update) {
+            Admission::Added => {
+                if let Some(socket) = self.sockets.get_mut(&peer) {
+                    socket.stuck = false;
+                }
+                self.assigned = self.assigned.next();
+                let seq = self.assigned;
+                let mut effects = vec![
+                    Effect::FanOut {
+                        from: Some(peer),
+                        update: update.clone(),
+                    },
+                    Effect::Append {
+                        seq,
+                        update,
+                        author,
+                    },
+                ];
+                effects.extend(self.receipt(peer, number));
+                effects.extend(self.ask_the_stuck());
+                effects
+            }
+            Admission::NothingNew => {
+                if let Some(socket) = self.sockets.get_mut(&peer) {
+                    socket.stuck = false;
+                }
+                self.receipt(peer, number).into_iter().collect()
+            }
+            Admission::Gap => {
+                let not_admitted = Effect::NotAdmitted { reason: "gap" };
+                match kind {
+                    UpdateKind::Update => vec![not_admitted, self.ask(peer)],
+                    // Its client waits for an edit that has not come back yet: ask when one came.
+                    UpdateKind::Step2 => {
+                        if let Some(socket) = self.sockets.get_mut(&peer) {
+                            socket.stuck = true;
+                        }
+                        vec![not_admitted]
+                    }
+                }
+            }
+            Admission::Invalid(reason) => {
+                let mut effects = vec![Effect::NotAdmitted { reason: "invalid" }];
+                effects.extend(refuse(peer, reason));
+                effects
+            }
+        }
+    }
+
+    fn awareness(&mut self, peer: Peer, payload: &[u8], now: Duration) -> Vec<Effect> {
+        if !self.sockets.contains_key(&peer) {
+            return Vec::new();
+        }
+        let entries = match awareness::parse(payload) {
+            Ok(entries) => entries,
+            Err(error) => return refuse(peer, format!("presence refused: {error}")),
+        };
+        let accepted: Vec<awareness::Entry> = entries
+            .filter(|entry| self.accept_presence(peer, entry, now))
+            .collect();
+        if accepted.is_empty() {
+            return Vec::new();
+        }
+        vec![Effect::Presence {
+            payload: awareness::encode(accepted),
+        }]
+    }
+
+    fn accept_presence(&mut self, peer: Peer, entry: &awareness::Entry, now: Duration) -> bool {
+        let newer = match self.presence.get(&entry.client) {
+            Some(known) => {
+                known.clock < entry.clock || (known.clock == entry.clock && entry.is_gone())
+            }
+            None => !entry.is_gone(),
+        };
+        if !newer || !self.may_speak_for(peer, entry.client) {
+            return false;
+        }
+        if entry.is_gone() {
+            self.presence.remove(&entry.client);
+        } else {
+            let presence = Presence {
+                clock: entry.clock,
+                state: entry.json.to_owned(),
+                peer,
+                renewed: now,
+            };
+            self.presence.insert(entry.client, presence);
+        }
+        true
+    }
+
+    fn expire(&mut self, now: Duration) -> Vec<Effect> {
+        self.end_presence(|presence| presence.renewed + AWARENESS_EXPIRY <= now)
+    }
+
+    fn committed(&mut self, seq: Seq) -> Vec<Effect> {
+        self.committed = self.committed.max(seq);
+        let mut effects = Vec::new();
+        while self
+            .waiting
+            .front()
+            .is_some_and(|waiting| waiting.after <= self.committed)
+        {
+            if let Some(Waiting { to, message, .. }) = self.waiting.pop_front() {
+                effects.push(Effect::Send { to, message });
+            }
+        }
+        effects
+    }
+
+    /// Applies an update if all it refers to is here.
+    fn admit(&self, update: &Bytes) -> Admission {
+        let scan = match scan::scan_update(update) {
+            Ok(scan) => scan,
+            Err(error) => return Admission::Invalid(format!("update refused: {error}")),
+        };
+        let mut txn = self.doc.transact_mut();
+        let state = txn.state_vector();
+        let clock_of = |client: u64| state.get(&ClientID::new(client));
+        if scan.missing(clock_of).is_some() {
+            return Admission::Gap;
+        }
+        if scan.novelty(clock_of) == Novelty::Nothing {
+            return Admission::NothingNew;
+        }
+        let decoded = match Update::decode_v1(update) {
+            Ok(decoded) => decoded,
+            Err(error) => return Admission::Invalid(format!("update refused: {error}")),
+        };
+        if let Err(error) = txn.apply_update(decoded) {
+            return Admission::Invalid(format!("update refused: {error}"));
+        }
+        if txn.has_changes() {
+            Admission::Added
+        } else {
+            Admission::NothingNew
+        }
+    }
+
+    fn receipt(&mut self, peer: Peer, number: u64) -> Option<Effect> {
+        let message = ToEdge::Receipt {
+            connection: peer.connection,
+            upto: number,
+        };
+        self.once_committed(peer.edge, message)
+    }
+
+    /// Sends now if everything assigned is committed, else when it is.
+    fn once_committed(&mut self, to: EdgeId, message: ToEdge) -> Option<Effect> {
+        if self.is_settled() {
+            return Some(Effect::Send { to, message });
+        }
+        self.waiting.push_back(Waiting {
+            after: self.assigned,
+            to,
+            message,
+        });
+        None
+    }
+
+    fn ask(&mut self, peer: Peer) -> Effect {
+        if let Some(socket) = self.sockets.get_mut(&peer) {
+            socket.unanswered += 1;
+            socket.stuck = false;
+        }
+        let message = ToEdge::Step1 {
+            connection: peer.connection,
+            state_vector: self.state_vector(),
+        };
+        Effect::Send {
+            to: peer.edge,
+            message,
+        }
+    }
+
+    fn ask_the_stuck(&mut self) -> Vec<Effect> {
+        let stuck: Vec<Peer> = self
+            .sockets
+            .iter()
+            .filter(|(_, socket)| socket.stuck)
+            .map(|(peer, _)| *peer)
+            .collect();
+        stuck.into_iter().map(|peer| self.ask(peer)).collect()
+    }
+
+    fn state_vector(&self) -> Bytes {
+        self.doc.transact().state_vector().encode_v1().into()
+    }
+
+    fn presence_for(&self, peer: Peer) -> Option<Effect> {
+        if self.presence.is_empty() {
+            return None;
+        }
+        let entries = self
+            .presence
+            .iter()
+            .map(|(client, presence)| awareness::Entry {
+                client: *client,
+                clock: presence.clock,
+                json: &presence.state,
+            });
+        let payload = awareness::encode(entries);
+        let message = ToEdge::PresenceTo {
+            connection: peer.connection,
+            payload,
+        };
+        Some(Effect::Send {
+            to: peer.edge,
+            message,
+        })
+    }
+
+    /// A socket may speak for client ids that are free, its own, or left behind by the same user.
+    fn may_speak_for(&self, peer: Peer, client: u64) -> bool {
+        match self.presence.get(&client) {
+            Some(presence) if presence.peer == peer => true,
+            Some(presence) => {
+                let author = |peer: &Peer| self.sockets.get(peer).map(|socket| &socket.author);
+                author(&presence.peer) == author(&peer)
+            }
+            None => {
+                self.presence
+                    .values()
+                    .filter(|presence| presence.peer == peer)
+                    .count()
+                    < PRESENCE_PER_CONNECTION_MAX
+            }
+        }
+    }
+
+    fn end_presence(&mut self, ended: impl Fn(&Presence) -> bool) -> Vec<Effect> {
+        let gone: Vec<awareness::Entry> = self
+            .presence
+            .extract_if(.., |_, presence| ended(presence))
+            .map(|(client, presence)| awareness::Entry {
+                client,
+                clock: presence.clock,
+                json: awareness::GONE,
+            })
+            .collect();
+        if gone.is_empty() {
+            return Vec::new();
+        }
+        vec![Effect::Presence {
+            payload: awareness::encode(gone),
+        }]
+    }
+}
+
+enum Admission {
+    Added,
+    NothingNew,
+    Gap,
+    Invalid(String),
+}
+
+fn refuse(peer: Peer, reason: String) -> Vec<Effect> {
+    let message = ToEdge::Refused {
+        connection: peer.connection,
+        reason,
+    };
+    vec![Effect::Send {
+        to: peer.edge,
+        message,
+    }]
+}
+
+/// A document that counts text as Yjs does, in UTF-16 units.
+pub fn new_doc() -> Doc {
+    Doc::with_options(Options {
+        offset_kind: OffsetKind::Utf16,
+        ..Options::default()
+    })
+}

@@ -1,0 +1,211 @@
+//! Health, metrics and the control API, for the cluster and not for clients.
+
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router, middleware};
+use collab_core::control::{
+    ClusterReport, DrainRequest, MemberReport, PlacementRequest, TermGranted, TermRefused,
+    TermRequest,
+};
+use collab_core::ids::Term;
+
+use crate::api::{ApiError, owners};
+use crate::auth::bearer;
+use crate::peers;
+use crate::server::App;
+
+/// `/healthz`, `/readyz` and `/metrics`; they tell nothing about documents and need no token.
+pub fn health() -> Router<Arc<App>> {
+    Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+}
+
+/// What nodes and the operator ask of each other, behind the control token.
+pub fn control(app: &Arc<App>) -> Router<Arc<App>> {
+    Router::new()
+        .route("/control/v1/report", get(report))
+        .route("/control/v1/term", post(term))
+        .route("/control/v1/placement", put(placement))
+        .route("/control/v1/drain", post(drain))
+        .route(owners::ASK_PATH, post(owners::answer))
+        .route(peers::STREAM_PATH, get(stream))
+        .layer(middleware::from_fn_with_state(app.clone(), authorized))
+}
+
+async fn authorized(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    request: Request,
+    next: Next,
+) -> Response {
+    let allowed = match &app.control_token {
+        Some(token) => {
+            bearer(&headers).is_some_and(|given| same(given.as_bytes(), token.as_bytes()))
+        }
+        None => true,
+    };
+    if allowed {
+        next.run(request).await
+    } else {
+        (
+            StatusCode::UNAUTHORIZED,
+            "the control token is needed: Authorization: Bearer TOKEN\n",
+        )
+            .into_response()
+    }
+}
+
+/// Compares in a time that does not tell how much was right.
+fn same(given: &[u8], wanted: &[u8]) -> bool {
+    given.len() == wanted.len()
+        && given
+            .iter()
+            .zip(wanted)
+            .fold(0, |differs, (a, b)| differs | (a ^ b))
+            == 0
+}
+
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    let reason = if app.members.is_draining() {
+        "draining"
+    } else if !app.members.lease_held() {
+        "the lease is not held: the store does not answer"
+    } else if app
+        .members
+        .map()
+        .slots()
+        .iter()
+        .all(|row| row.owner.is_none())
+    {
+        "no slot has an owner yet"
+    } else {
+        return "ready\n".into_response();
+    };
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        format!("not ready: {reason}\n"),
+    )
+        .into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
+        app.metrics.render(),
+    )
+}
+
+async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiError> {
+    let summary = app.store.summary().await?;
+    let map = app.members.map();
+    let mut members: Vec<_> = map.members().cloned().collect();
+    members.sort_by(|a, b| (&a.node, a.incarnation).cmp(&(&b.node, b.incarnation)));
+    let index = |incarnation| {
+        let index = members
+            .iter()
+            .position(|member| Some(member.incarnation) == incarnation);
+        index.and_then(|index| u16::try_from(index).ok())
+    };
+    let owners: Vec<Option<u16>> = map.slots().iter().map(|row| index(row.owner)).collect();
+    let owned = |index: usize| {
+        let owned = owners
+            .iter()
+            .filter(|owner| owner.map(usize::from) == Some(index))
+            .count();
+        u16::try_from(owned).unwrap_or(u16::MAX)
+    };
+    let reports = members
+        .iter()
+        .enumerate()
+        .map(|(index, member)| MemberReport {
+            node: member.node.clone(),
+            incarnation: member.incarnation,
+            pod_uid: member.pod_uid.clone(),
+            address: member.address.clone(),
+            zone: member.zone.clone(),
+            state: member.state,
+            live: !member.lease_left.is_zero(),
+            slots_owned: owned(index),
+            load: member.load,
+            load_age_ms: u64::try_from(member.load_age.as_millis()).unwrap_or(u64::MAX),
+        });
+    Ok(Json(ClusterReport {
+        reporter: app.members.node().clone(),
+        term: summary.term,
+        slots: app.members.slots(),
+        members: reports.collect(),
+        moving: map.misplaced(),
+        owners,
+        revision: u64::try_from(summary.revision).unwrap_or_default(),
+        store: summary.store,
+        redis: app.bus.is_up().await,
+        adoptions: summary.adoptions,
+    }))
+}
+
+async fn term(
+    State(app): State<Arc<App>>,
+    Json(request): Json<TermRequest>,
+) -> Result<Json<TermGranted>, ApiError> {
+    let term = app.store.take_term(&request.holder).await?;
+    Ok(Json(TermGranted { term }))
+}
+
+async fn placement(
+    State(app): State<Arc<App>>,
+    Json(request): Json<PlacementRequest>,
+) -> Result<Response, ApiError> {
+    let slots = usize::from(app.members.slots());
+    if request.slots.len() != slots {
+        let given = request.slots.len();
+        return Err(ApiError::Bad(format!(
+            "the placement has {given} slots, this cluster has {slots}"
+        )));
+    }
+    let named: Option<Vec<_>> = request
+        .slots
+        .iter()
+        .map(|index| request.nodes.get(usize::from(*index)).cloned())
+        .collect();
+    let Some(named) = named else {
+        return Err(ApiError::Bad(
+            "a slot names a node beyond the end of nodes".to_owned(),
+        ));
+    };
+    Ok(unless_refused(
+        app.store.set_placement(request.term, &named).await?,
+    ))
+}
+
+async fn drain(
+    State(app): State<Arc<App>>,
+    Json(request): Json<DrainRequest>,
+) -> Result<Response, ApiError> {
+    Ok(unless_refused(
+        app.store
+            .set_drain(request.term, &request.node, request.drain)
+            .await?,
+    ))
+}
+
+fn unless_refused(done: Result<(), Term>) -> Response {
+    match done {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(current) => (StatusCode::CONFLICT, Json(TermRefused { current })).into_response(),
+    }
+}
+
+async fn stream(State(app): State<Arc<App>>, upgrade: axum::extract::WebSocketUpgrade) -> Response {
+    let upgrade = upgrade
+        .max_message_size(peers::STREAM_MESSAGE_BYTES_MAX)
+        .max_frame_size(peers::STREAM_MESSAGE_BYTES_MAX);
+    upgrade
+        .on_upgrade(move |socket| peers::serve(socket, app.documents.clone(), app.metrics.clone()))
+}

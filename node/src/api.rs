@@ -1,0 +1,126 @@
+//! REST for documents; one file per resource. `OpenAPI` is derived from the code.
+
+use std::sync::Arc;
+
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
+use serde::Serialize;
+use utoipa::{OpenApi, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::auth::AuthError;
+use crate::documents::AskError;
+use crate::server::App;
+use crate::store::StoreError;
+
+pub mod documents;
+pub mod owners;
+
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "collab-node",
+    description = "Documents of a collaboration cluster."
+))]
+struct Description;
+
+/// Routes under `/api`, and their description at `/api/openapi.json`.
+pub fn router() -> Router<Arc<App>> {
+    let (router, description) = described().split_for_parts();
+    let description = Arc::new(description);
+    router.route(
+        "/api/openapi.json",
+        axum::routing::get(move || {
+            let description = description.clone();
+            async move { Json(description.as_ref().clone()) }
+        }),
+    )
+}
+
+fn described() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(Description::openapi()).merge(documents::router())
+}
+
+/// Every failure of the API as clients see it.
+#[derive(Debug)]
+pub enum ApiError {
+    /// 400: the request makes no sense.
+    Bad(String),
+    /// 401 or 403.
+    Auth(AuthError),
+    /// 404.
+    Absent(String),
+    /// 409.
+    Exists(String),
+    /// 503: try again.
+    Unavailable(String),
+}
+
+/// The body of an error.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ErrorBody {
+    /// What went wrong and what to do.
+    pub error: String,
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, error) = match self {
+            Self::Bad(error) => (StatusCode::BAD_REQUEST, error),
+            Self::Auth(AuthError::Forbidden) => {
+                (StatusCode::FORBIDDEN, AuthError::Forbidden.to_string())
+            }
+            Self::Auth(error) => (StatusCode::UNAUTHORIZED, error.to_string()),
+            Self::Absent(error) => (StatusCode::NOT_FOUND, error),
+            Self::Exists(error) => (StatusCode::CONFLICT, error),
+            Self::Unavailable(error) => (StatusCode::SERVICE_UNAVAILABLE, error),
+        };
+        (status, Json(ErrorBody { error })).into_response()
+    }
+}
+
+impl From<AuthError> for ApiError {
+    fn from(error: AuthError) -> Self {
+        Self::Auth(error)
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        Self::Unavailable(format!("{error}; try again"))
+    }
+}
+
+impl From<AskError> for ApiError {
+    fn from(error: AskError) -> Self {
+        match &error {
+            AskError::Absent(_) => Self::Absent(error.to_string()),
+            AskError::Moved(_) | AskError::Unavailable { .. } => {
+                Self::Unavailable(error.to_string())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_description_is_that_of_the_code() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/openapi.json");
+        let mut description = described()
+            .into_openapi()
+            .to_pretty_json()
+            .expect("it serializes");
+        description.push('\n');
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(path, &description).expect("openapi.json is written");
+        }
+        let committed = std::fs::read_to_string(path).unwrap_or_default();
+        assert_eq!(
+            committed, description,
+            "run `UPDATE=1 cargo test -p collab-node api` and commit openapi.json"
+        );
+    }
+}

@@ -1,0 +1,222 @@
+//! Who a client is: tokens (JWT, RFC 7519) signed with a shared secret (HS256).
+
+use axum::http::HeaderMap;
+use collab_core::ids::DocumentId;
+use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use serde::Deserialize;
+
+use crate::edge::{Access, Visitor};
+
+/// Clocks of issuer and node may differ by this many seconds.
+const LEEWAY_SECONDS: u64 = 30;
+
+/// Checks tokens.
+pub struct Auth {
+    key: Option<DecodingKey>,
+    validation: Validation,
+}
+
+/// What a token says.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Claims {
+    /// The user.
+    pub sub: String,
+    /// Documents it is for: ids, or prefixes that end in `*`. Without it: all.
+    pub documents: Option<Vec<String>>,
+    /// What it allows.
+    #[serde(default)]
+    pub scope: Scope,
+}
+
+/// What a token allows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// See.
+    Read,
+    /// See and change.
+    #[default]
+    Write,
+}
+
+/// Why a request is refused. The text tells the client nothing about documents or keys.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AuthError {
+    /// Answer 401.
+    #[error("a token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN")]
+    Missing,
+    /// Answer 401.
+    #[error("the token is not valid: {0}")]
+    Invalid(String),
+    /// Answer 403.
+    #[error("the token is not for this document or action")]
+    Forbidden,
+}
+
+impl Auth {
+    /// Checks against a secret; without one everybody may do everything.
+    pub fn new(secret: Option<&str>) -> Self {
+        let mut validation = Validation::new(Algorithm::HS256);
+        validation.leeway = LEEWAY_SECONDS;
+        validation.validate_nbf = true;
+        validation.validate_aud = false;
+        validation.set_required_spec_claims(&["exp", "sub"]);
+        Self {
+            key: secret.map(|secret| DecodingKey::from_secret(secret.as_bytes())),
+            validation,
+        }
+    }
+
+    /// Who makes a request, from its header or its `token` parameter.
+    ///
+    /// # Errors
+    /// When a token is needed and missing or not valid.
+    pub fn claims(&self, headers: &HeaderMap, token: Option<&str>) -> Result<Claims, AuthError> {
+        let Some(key) = &self.key else {
+            return Ok(Claims {
+                sub: String::new(),
+                documents: None,
+                scope: Scope::Write,
+            });
+        };
+        let token = bearer(headers).or(token).ok_or(AuthError::Missing)?;
+        jsonwebtoken::decode::<Claims>(token, key, &self.validation)
+            .map(|data| data.claims)
+            .map_err(|error| AuthError::Invalid(error.to_string()))
+    }
+}
+
+impl Claims {
+    /// Whether the token is for this document.
+    pub fn covers(&self, document: &DocumentId) -> bool {
+        let covers = |pattern: &String| match pattern.strip_suffix('*') {
+            Some(prefix) => document.as_str().starts_with(prefix),
+            None => document.as_str() == pattern,
+        };
+        self.documents
+            .as_ref()
+            .is_none_or(|patterns| patterns.iter().any(covers))
+    }
+
+    /// Checks that a document may be seen.
+    ///
+    /// # Errors
+    /// When the token is for other documents.
+    pub fn to_read(&self, document: &DocumentId) -> Result<(), AuthError> {
+        if self.covers(document) {
+            Ok(())
+        } else {
+            Err(AuthError::Forbidden)
+        }
+    }
+
+    /// Checks that a document may be changed.
+    ///
+    /// # Errors
+    /// When the token is for other documents, or for reading only.
+    pub fn to_write(&self, document: &DocumentId) -> Result<(), AuthError> {
+        self.to_read(document)?;
+        if self.scope == Scope::Write {
+            Ok(())
+        } else {
+            Err(AuthError::Forbidden)
+        }
+    }
+
+    /// The visitor of a document.
+    pub fn visitor(self) -> Visitor {
+        let access = if self.scope == Scope::Write {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        Visitor {
+            author: self.sub,
+            access,
+        }
+    }
+}
+
+/// The token of an `Authorization: Bearer` header.
+pub fn bearer(headers: &HeaderMap) -> Option<&str> {
+    headers
+        .get("authorization")?
+        .to_str()
+        .ok()?
+        .strip_prefix("Bearer ")
+}
+
+#[cfg(test)]
+mod tests {
+    use jsonwebtoken::{EncodingKey, Header};
+    use serde_json::json;
+
+    use super::*;
+
+    const SECRET: &str = "0123456789abcdef";
+
+    #[test]
+    fn a_token_opens_what_it_names_and_nothing_else() {
+        let claims =
+            checked(&json!({"sub": "ada", "exp": later(), "documents": ["notes", "team/*"]}))
+                .unwrap();
+        for (document, allowed) in [
+            ("notes", true),
+            ("team/x", true),
+            ("notes2", false),
+            ("teams", false),
+        ] {
+            let document = DocumentId::new(document).unwrap();
+            assert_eq!(claims.to_write(&document).is_ok(), allowed, "{document}");
+        }
+        let reader = checked(&json!({"sub": "ada", "exp": later(), "scope": "read"})).unwrap();
+        let document = DocumentId::new("notes").unwrap();
+        assert!(reader.to_read(&document).is_ok());
+        assert_eq!(reader.to_write(&document), Err(AuthError::Forbidden));
+    }
+
+    #[test]
+    fn tokens_that_prove_nothing_are_refused() {
+        for claims in [
+            json!({"sub": "ada"}),
+            json!({"exp": later()}),
+            json!({"sub": "ada", "exp": 1}),
+            json!({"sub": "ada", "exp": later(), "nbf": later()}),
+            json!({"sub": "ada", "exp": later(), "scope": "admin"}),
+        ] {
+            assert!(
+                matches!(checked(&claims), Err(AuthError::Invalid(_))),
+                "{claims}"
+            );
+        }
+        let auth = Auth::new(Some(SECRET));
+        assert_eq!(
+            auth.claims(&HeaderMap::new(), None).unwrap_err(),
+            AuthError::Missing
+        );
+        let claims = json!({"sub": "ada", "exp": later()});
+        let foreign = signed(&claims, "another secret!!", Algorithm::HS256);
+        let stronger = signed(&claims, SECRET, Algorithm::HS512);
+        let unsigned = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZGEiLCJleHAiOjk5OTk5OTk5OTl9.";
+        for token in [foreign.as_str(), &stronger, unsigned, "", "x.y.z"] {
+            assert!(
+                auth.claims(&HeaderMap::new(), Some(token)).is_err(),
+                "{token}"
+            );
+        }
+    }
+
+    fn checked(claims: &serde_json::Value) -> Result<Claims, AuthError> {
+        let token = signed(claims, SECRET, Algorithm::HS256);
+        Auth::new(Some(SECRET)).claims(&HeaderMap::new(), Some(&token))
+    }
+
+    fn signed(claims: &serde_json::Value, secret: &str, algorithm: Algorithm) -> String {
+        let key = EncodingKey::from_secret(secret.as_bytes());
+        jsonwebtoken::encode(&Header::new(algorithm), claims, &key).unwrap()
+    }
+
+    fn later() -> u64 {
+        jsonwebtoken::get_current_timestamp() + 600
+    }
+}

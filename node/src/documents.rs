@@ -1,0 +1,987 @@
+//! The open documents: one task each, which feeds the state machine of `collab_core::document` and
+//! performs its effects.
+//!
+//! A document is opened by the first edge that attaches and closed when nobody has been attached for a
+//! while, when its slot moves, or when something is wrong with it; whatever ends the task ends the
+//! channels of its edges, and they look for the owner again. A panic inside one document throws away
+//! that document's memory and nothing else.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use collab_core::document::{Document, EdgeId, Effect, Input, Peer};
+use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
+use collab_core::limits::{SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
+use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+use crate::bus::Bus;
+use crate::log::{Log, LogEvent};
+use crate::members::Members;
+use crate::metrics::Metrics;
+use crate::store::{
+    Append, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store,
+};
+
+mod snapshot;
+
+/// How long a node waits for the map to show it as the owner before it says that it is not.
+const OWNERSHIP_WAIT: Duration = Duration::from_millis(500);
+/// Between two tries to load a document from a store that does not answer.
+const LOAD_RETRY: Duration = Duration::from_millis(200);
+/// Between two looks at the clock: presence that expires, snapshots that are due.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Where the owner's messages for one edge go.
+#[derive(Clone, Debug)]
+pub enum EdgeSender {
+    /// An edge of this process.
+    Local(mpsc::UnboundedSender<ToEdge>),
+    /// A channel of a stream to another node, which takes encoded frames.
+    Remote(mpsc::UnboundedSender<Bytes>, Channel),
+}
+
+impl EdgeSender {
+    fn send(&self, message: ToEdge) {
+        // An edge that is gone is detached by its own end.
+        let _ = match self {
+            Self::Local(edge) => edge.send(message).is_ok(),
+            Self::Remote(stream, channel) => stream.send(message.encode(*channel)).is_ok(),
+        };
+    }
+}
+
+/// An open channel between an edge and a document of this node. Dropping it detaches.
+#[derive(Debug)]
+pub struct Attachment {
+    edge: EdgeId,
+    document: mpsc::UnboundedSender<ToDocument>,
+}
+
+impl Attachment {
+    /// Passes a message on. `false`: the document is closed; attach again.
+    pub fn send(&self, message: ToOwner) -> bool {
+        self.document
+            .send(ToDocument::FromEdge(self.edge, message))
+            .is_ok()
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        let _ = self.document.send(ToDocument::Detach(self.edge));
+    }
+}
+
+/// A question to the owner of a document.
+#[derive(Debug)]
+pub enum Question {
+    /// The text of a `Y.Text`, by name.
+    Text(String),
+    /// The whole state as a V1 update.
+    State,
+    /// Who is there: client id and JSON of each.
+    Presence,
+}
+
+/// An answer of the owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// To [`Question::Text`].
+    Text(String),
+    /// To [`Question::State`].
+    State(Bytes),
+    /// To [`Question::Presence`].
+    Presence(Vec<(u64, String)>),
+    /// To a deletion.
+    Deleted,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AskError {
+    /// There is no such document.
+    #[error("there is no document {0}")]
+    Absent(DocumentId),
+    /// Another node owns it; ask there.
+    #[error("document {0} has moved; try again")]
+    Moved(DocumentId),
+    /// It cannot be served.
+    #[error("document {document} cannot be served: {reason}")]
+    Unavailable {
+        /// The document.
+        document: DocumentId,
+        /// Why.
+        reason: String,
+    },
+}
+
+#[derive(Debug)]
+enum ToDocument {
+    Attach(EdgeId, EdgeSender, Bytes),
+    FromEdge(EdgeId, ToOwner),
+    Detach(EdgeId),
+    Ask(Question, oneshot::Sender<Result<Answer, AskError>>),
+    Delete(oneshot::Sender<Result<Answer, AskError>>),
+    Freeze(oneshot::Sender<()>),
+    Thaw,
+    Release(Epoch),
+}
+
+/// The documents that this node owns and has open.
+pub struct Documents {
+    store: Arc<dyn Store>,
+    members: Arc<Members>,
+    log: Log,
+    bus: Arc<dyn Bus>,
+    metrics: Metrics,
+    open: Mutex<Open>,
+    next_id: AtomicU64,
+    started: Instant,
+}
+
+#[derive(Default)]
+struct Open {
+    documents: HashMap<DocumentId, Entry>,
+    /// Slots that are being handed over: nothing of them is opened.
+    frozen: BTreeSet<Slot>,
+}
+
+struct Entry {
+    id: u64,
+    slot: Slot,
+    task: mpsc::UnboundedSender<ToDocument>,
+}
+
+/// Whether opening a document that does not exist creates it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missing {
+    Create,
+    Refuse,
+}
+
+impl Documents {
+    /// No document is open yet.
+    pub fn new(
+        store: Arc<dyn Store>,
+        members: Arc<Members>,
+        log: Log,
+        bus: Arc<dyn Bus>,
+        metrics: Metrics,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            members,
+            log,
+            bus,
+            metrics,
+            open: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            started: Instant::now(),
+        })
+    }
+
+    /// Opens a channel from an edge to a document, which is opened if it is not. What the document says
+    /// goes to `sender`; the end of `sender`'s other half means: attach again, wherever the owner is then.
+    pub fn attach(
+        self: &Arc<Self>,
+        document: &DocumentId,
+        since: Bytes,
+        sender: EdgeSender,
+    ) -> Attachment {
+        let edge = EdgeId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let mut open = self.open();
+        let task = self.task_of(&mut open, document, Missing::Create);
+        // The entry is removed under the same lock before the task ends: this is heard.
+        let _ = task.send(ToDocument::Attach(edge, sender, since));
+        Attachment {
+            edge,
+            document: task,
+        }
+    }
+
+    /// Asks a document that exists, opening it if need be.
+    ///
+    /// # Errors
+    /// When there is no such document, or it is not served here.
+    pub async fn ask(
+        self: &Arc<Self>,
+        document: &DocumentId,
+        question: Question,
+    ) -> Result<Answer, AskError> {
+        self.send(document, |reply| ToDocument::Ask(question, reply))
+            .await
+    }
+
+    /// Deletes a document; whoever has it open is told.
+    ///
+    /// # Errors
+    /// When there is no such document, it is not served here, or the store does not answer.
+    pub async fn delete(self: &Arc<Self>, document: &DocumentId) -> Result<(), AskError> {
+        self.send(document, ToDocument::Delete).await.map(|_| ())
+    }
+
+    async fn send(
+        self: &Arc<Self>,
+        document: &DocumentId,
+        message: impl FnOnce(oneshot::Sender<Result<Answer, AskError>>) -> ToDocument,
+    ) -> Result<Answer, AskError> {
+        let (reply, answer) = oneshot::channel();
+        {
+            let mut open = self.open();
+            let task = self.task_of(&mut open, document, Missing::Refuse);
+            let _ = task.send(message(reply));
+        }
+        answer
+            .await
+            .unwrap_or_else(|_| Err(AskError::Moved(document.clone())))
+    }
+
+    /// Creates a document, or begins a new life of a deleted one.
+    ///
+    /// # Errors
+    /// When the slot is not owned here, or the store does not answer.
+    pub async fn create(&self, document: &DocumentId) -> Result<Created, AskError> {
+        let slot = self.members.slot_of(document);
+        let Some(ownership) = self.members.ownership(slot) else {
+            return Err(AskError::Moved(document.clone()));
+        };
+        self.store
+            .create(document, ownership, Recreate::Allowed)
+            .await
+            .map_err(|error| AskError::Unavailable {
+                document: document.clone(),
+                reason: error.to_string(),
+            })
+    }
+
+    /// Number of open documents.
+    pub fn count(&self) -> usize {
+        self.open().documents.len()
+    }
+
+    /// Stops the documents of a slot from taking input and waits until all they have is durable.
+    pub async fn freeze(&self, slot: Slot) {
+        let frozen: Vec<oneshot::Receiver<()>> = {
+            let mut open = self.open();
+            open.frozen.insert(slot);
+            let tasks = open.documents.values().filter(|entry| entry.slot == slot);
+            tasks
+                .map(|entry| {
+                    let (reply, settled) = oneshot::channel();
+                    let _ = entry.task.send(ToDocument::Freeze(reply));
+                    settled
+                })
+                .collect()
+        };
+        for settled in frozen {
+            // A document that ended is settled too.
+            let _ = settled.await;
+        }
+    }
+
+    /// Takes [`Documents::freeze`] back: the slot stays.
+    pub fn thaw(&self, slot: Slot) {
+        self.end_freeze(slot, || ToDocument::Thaw);
+    }
+
+    /// Lets the documents of a slot go: it has a new owner since `epoch`.
+    pub fn release(&self, slot: Slot, epoch: Epoch) {
+        self.end_freeze(slot, || ToDocument::Release(epoch));
+    }
+
+    /// Lets every document go whose slot the map shows elsewhere. Runs as long as the map is followed.
+    pub async fn follow_map(self: Arc<Self>) {
+        let mut map = self.members.watch();
+        while map.changed().await.is_ok() {
+            let map = map.borrow_and_update().clone();
+            let open = self.open();
+            for entry in open.documents.values() {
+                let owner = map.owner(entry.slot);
+                let elsewhere =
+                    owner.filter(|owner| owner.incarnation != self.members.incarnation());
+                if let Some(owner) = elsewhere {
+                    let _ = entry.task.send(ToDocument::Release(owner.epoch));
+                }
+            }
+        }
+    }
+
+    fn end_freeze(&self, slot: Slot, message: impl Fn() -> ToDocument) {
+        let mut open = self.open();
+        open.frozen.remove(&slot);
+        for entry in open.documents.values().filter(|entry| entry.slot == slot) {
+            let _ = entry.task.send(message());
+        }
+    }
+
+    fn task_of(
+        self: &Arc<Self>,
+        open: &mut Open,
+        document: &DocumentId,
+        missing: Missing,
+    ) -> mpsc::UnboundedSender<ToDocument> {
+        if let Some(entry) = open.documents.get(document) {
+            return entry.task.clone();
+        }
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let slot = self.members.slot_of(document);
+        let (task, inputs) = mpsc::unbounded_channel();
+        open.documents.insert(
+            document.clone(),
+            Entry {
+                id,
+                slot,
+                task: task.clone(),
+            },
+        );
+        let host = Host {
+            documents: self.clone(),
+            document: document.clone(),
+            id,
+            slot,
+            inputs,
+        };
+        tokio::spawn(host.run(missing));
+        task
+    }
+
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The task of one document.
+struct Host {
+    documents: Arc<Documents>,
+    document: DocumentId,
+    id: u64,
+    slot: Slot,
+    inputs: mpsc::UnboundedReceiver<ToDocument>,
+}
+
+/// Why the task of a document ends.
+#[derive(Debug)]
+enum End {
+    /// Another node owns it since this epoch.
+    Moved(Epoch),
+    /// There is no such document.
+    Absent,
+    /// It cannot be served.
+    Unavailable(Unavailable, String),
+    /// What is in memory is worth nothing: edges attach again and it is loaded anew.
+    Reload,
+    /// Nobody uses it; it was taken out of the table already.
+    Unused,
+}
+
+impl Host {
+    async fn run(mut self, missing: Missing) {
+        let end = match self.open(missing).await {
+            Ok(owned) => owned.serve(&mut self.inputs).await,
+            Err(end) => (end, HashMap::new()),
+        };
+        self.finish(end.0, end.1);
+    }
+
+    /// Waits to be the owner, loads, and creates the document if it is to be.
+    async fn open(&mut self, missing: Missing) -> Result<Owned, End> {
+        let documents = self.documents.clone();
+        loop {
+            let ownership = self.wait_for_ownership().await?;
+            match documents.store.load(&self.document).await {
+                Ok(Loaded::Live {
+                    room_epoch,
+                    snapshot,
+                    log,
+                    last,
+                }) => {
+                    let opened = tokio::task::spawn_blocking(move || {
+                        let snapshot = snapshot
+                            .as_ref()
+                            .map(|stored| (stored.seq, stored.bytes.as_ref()));
+                        catch_unwind(AssertUnwindSafe(|| {
+                            Document::open(ownership.epoch, snapshot, &log, last)
+                        }))
+                    });
+                    let reason = match opened.await {
+                        Ok(Ok(Ok(document))) => {
+                            return Ok(self.owned(document, ownership, room_epoch));
+                        }
+                        Ok(Ok(Err(error))) => error.to_string(),
+                        Ok(Err(_)) | Err(_) => "its rows make the CRDT library panic".to_owned(),
+                    };
+                    return Err(self.degraded(reason));
+                }
+                Ok(Loaded::Deleted) => {
+                    return Err(End::Unavailable(
+                        Unavailable::Deleted,
+                        "the document was deleted".to_owned(),
+                    ));
+                }
+                Ok(Loaded::Absent) if missing == Missing::Refuse => return Err(End::Absent),
+                Ok(Loaded::Absent) => {
+                    let created = documents
+                        .store
+                        .create(&self.document, ownership, Recreate::Refused)
+                        .await;
+                    match created {
+                        Ok(Created::Created { .. } | Created::Exists) => {}
+                        Ok(Created::Fenced) => documents.members.look_now(),
+                        Err(error) => self.store_failed(&error).await,
+                    }
+                }
+                Err(LoadError::Damaged { reason, seq, .. }) => {
+                    return Err(self.degraded(format!("at seq {seq}: {reason}")));
+                }
+                Err(LoadError::Store(error)) => self.store_failed(&error).await,
+            }
+        }
+    }
+
+    fn owned(&self, document: Document, ownership: Ownership, room_epoch: RoomEpoch) -> Owned {
+        self.documents.metrics.documents_open.inc();
+        let (log_reply, log_events) = mpsc::unbounded_channel();
+        Owned {
+            documents: self.documents.clone(),
+            name: self.document.clone(),
+            id: self.id,
+            ownership,
+            room_epoch,
+            document,
+            edges: HashMap::new(),
+            log_reply,
+            log_events,
+            waiting: Vec::new(),
+            snapshot_running: None,
+            presence_changed: false,
+            idle_since: Instant::now(),
+        }
+    }
+
+    async fn wait_for_ownership(&self) -> Result<Ownership, End> {
+        let members = &self.documents.members;
+        let mut map = members.watch();
+        let owned = async {
+            loop {
+                map.borrow_and_update();
+                let frozen = self.documents.open().frozen.contains(&self.slot);
+                if let Some(ownership) = members.ownership(self.slot).filter(|_| !frozen) {
+                    return ownership;
+                }
+                members.look_now();
+                // A thaw does not change the map: look again after a while.
+                let _ = timeout(Duration::from_millis(50), map.changed()).await;
+            }
+        };
+        timeout(OWNERSHIP_WAIT, owned)
+            .await
+            .map_err(|_| End::Moved(members.map().epoch(self.slot)))
+    }
+
+    async fn store_failed(&self, error: &crate::store::StoreError) {
+        tracing::warn!(document.id = %self.document, %error, "cannot open the document yet");
+        sleep(LOAD_RETRY).await;
+    }
+
+    fn degraded(&self, reason: String) -> End {
+        tracing::error!(document.id = %self.document, reason, "the stored document is damaged");
+        self.documents.metrics.documents_degraded.inc();
+        End::Unavailable(
+            Unavailable::Degraded,
+            format!("the stored document is damaged: {reason}"),
+        )
+    }
+
+    /// Takes the document out of the table and tells everyone who waits, those still in the queue too.
+    fn finish(mut self, end: End, mut edges: HashMap<EdgeId, EdgeSender>) {
+        {
+            let mut open = self.documents.open();
+            if open
+                .documents
+                .get(&self.document)
+                .is_some_and(|entry| entry.id == self.id)
+            {
+                open.documents.remove(&self.document);
+            }
+            self.inputs.close();
+        }
+        let mut questions = Vec::new();
+        while let Ok(message) = self.inputs.try_recv() {
+            match message {
+                ToDocument::Attach(edge, sender, _) => {
+                    edges.insert(edge, sender);
+                }
+                ToDocument::Detach(edge) => {
+                    edges.remove(&edge);
+                }
+                ToDocument::Ask(_, reply) | ToDocument::Delete(reply) => questions.push(reply),
+                ToDocument::Freeze(settled) => drop(settled),
+                ToDocument::FromEdge(..) | ToDocument::Thaw | ToDocument::Release(_) => {}
+            }
+        }
+        let (for_edges, for_questions) = match end {
+            End::Moved(epoch) => (
+                ToEdge::Moved { epoch },
+                AskError::Moved(self.document.clone()),
+            ),
+            // Only questions find nothing; an edge that came meanwhile attaches again and creates it.
+            End::Absent => (
+                ToEdge::Moved { epoch: Epoch(0) },
+                AskError::Absent(self.document.clone()),
+            ),
+            End::Unavailable(Unavailable::Deleted, reason) => {
+                let message = ToEdge::Unavailable {
+                    cause: Unavailable::Deleted,
+                    reason,
+                };
+                (message, AskError::Absent(self.document.clone()))
+            }
+            End::Unavailable(cause, reason) => {
+                let error = AskError::Unavailable {
+                    document: self.document.clone(),
+                    reason: reason.clone(),
+                };
+                (ToEdge::Unavailable { cause, reason }, error)
+            }
+            End::Reload | End::Unused => (
+                ToEdge::Moved { epoch: Epoch(0) },
+                AskError::Moved(self.document.clone()),
+            ),
+        };
+        for sender in edges.values() {
+            sender.send(for_edges.clone());
+        }
+        for question in questions {
+            let _ = question.send(Err(for_questions.clone()));
+        }
+    }
+}
+
+/// A document that is open and owned.
+struct Owned {
+    documents: Arc<Documents>,
+    name: DocumentId,
+    id: u64,
+    ownership: Ownership,
+    room_epoch: RoomEpoch,
+    document: Document,
+    edges: HashMap<EdgeId, EdgeSender>,
+    log_reply: mpsc::UnboundedSender<LogEvent>,
+    log_events: mpsc::UnboundedReceiver<LogEvent>,
+    /// Answers that wait until what they show is durable.
+    waiting: Vec<(Seq, oneshot::Sender<Result<Answer, AskError>>, Answer)>,
+    snapshot_running: Option<oneshot::Receiver<Option<Seq>>>,
+    presence_changed: bool,
+    idle_since: Instant,
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.documents.metrics.documents_open.dec();
+    }
+}
+
+impl Owned {
+    /// Serves until something ends it.
+    async fn serve(
+        mut self,
+        inputs: &mut mpsc::UnboundedReceiver<ToDocument>,
+    ) -> (End, HashMap<EdgeId, EdgeSender>) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut backlog = VecDeque::new();
+        let end = loop {
+            // With a tail this long a snapshot is worth a short wait.
+            let must_settle = 2 * SNAPSHOT_AFTER_UPDATES <= self.document.tail()
+                && self.snapshot_running.is_none()
+                && !self.document.is_settled();
+            let step = tokio::select! {
+                biased;
+                Some(event) = self.log_events.recv() => self.logged(event),
+                message = next(&mut backlog, inputs), if !must_settle => match message {
+                    Some(ToDocument::Freeze(settled)) => self.frozen(inputs, settled, &mut backlog).await,
+                    Some(ToDocument::Delete(reply)) => self.delete(reply).await,
+                    Some(message) => self.take(message),
+                    None => Some(End::Unused),
+                },
+                stored = async { self.snapshot_running.as_mut().expect("guarded").await },
+                    if self.snapshot_running.is_some() =>
+                {
+                    self.snapshot_running = None;
+                    if let Ok(Some(seq)) = stored {
+                        self.document.set_snapshot(seq);
+                    }
+                    None
+                }
+                _ = tick.tick() => self.tick(inputs).await,
+            };
+            if let Some(end) = step {
+                break end;
+            }
+        };
+        (end, std::mem::take(&mut self.edges))
+    }
+
+    fn take(&mut self, message: ToDocument) -> Option<End> {
+        match message {
+            ToDocument::Attach(edge, sender, since) => {
+                self.edges.insert(edge, sender);
+                self.handle(Input::Attach { edge, since })
+            }
+            ToDocument::Detach(edge) => {
+                self.edges.remove(&edge);
+                self.presence_changed = true;
+                let end = self.handle(Input::Detach { edge });
+                if self.document.is_idle() {
+                    self.idle_since = Instant::now();
+                }
+                end
+            }
+            ToDocument::FromEdge(edge, message) => {
+                let input = self.input(edge, message)?;
+                self.handle(input)
+            }
+            ToDocument::Ask(question, reply) => {
+                self.ask(&question, reply);
+                None
+            }
+            ToDocument::Release(epoch) if self.ownership.epoch < epoch => Some(End::Moved(epoch)),
+            // Freezes and deletions are taken by the loop.
+            ToDocument::Release(_)
+            | ToDocument::Thaw
+            | ToDocument::Freeze(_)
+            | ToDocument::Delete(_) => None,
+        }
+    }
+
+    fn input(&self, edge: EdgeId, message: ToOwner) -> Option<Input> {
+        let peer = |connection| Peer { edge, connection };
+        Some(match message {
+            // The channel is open already; its end comes as a detach.
+            ToOwner::Attach { .. } | ToOwner::Detach => return None,
+            ToOwner::Join { connection, author } => Input::Join {
+                peer: peer(connection),
+                author,
+            },
+            ToOwner::Leave { connection } => Input::Leave {
+                peer: peer(connection),
+            },
+            ToOwner::Step1 {
+                connection,
+                state_vector,
+            } => Input::Step1 {
+                peer: peer(connection),
+                state_vector,
+            },
+            ToOwner::Update {
+                connection,
+                number,
+                kind,
+                update,
+            } => Input::Update {
+                peer: peer(connection),
+                number,
+                kind,
+                update,
+            },
+            ToOwner::Awareness {
+                connection,
+                payload,
+            } => {
+                let now = self.documents.started.elapsed();
+                Input::Awareness {
+                    peer: peer(connection),
+                    payload,
+                    now,
+                }
+            }
+            ToOwner::QueryAwareness { connection } => Input::QueryAwareness {
+                peer: peer(connection),
+            },
+        })
+    }
+
+    /// Feeds the state machine. A panic in it ends this document only, and the socket whose input it was.
+    fn handle(&mut self, input: Input) -> Option<End> {
+        let culprit = match &input {
+            Input::Update { peer, .. }
+            | Input::Awareness { peer, .. }
+            | Input::Step1 { peer, .. } => Some(*peer),
+            _ => None,
+        };
+        match catch_unwind(AssertUnwindSafe(|| self.document.handle(input))) {
+            Ok(effects) => {
+                for effect in effects {
+                    self.perform(effect);
+                }
+                None
+            }
+            Err(_) => {
+                tracing::error!(document.id = %self.name, "an input made the document panic; it is loaded again");
+                if let Some(peer) = culprit
+                    && let Some(edge) = self.edges.get(&peer.edge)
+                {
+                    let reason = "this input cannot be handled".to_owned();
+                    edge.send(ToEdge::Refused {
+                        connection: peer.connection,
+                        reason,
+                    });
+                }
+                Some(End::Reload)
+            }
+        }
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::FanOut { from, update } => {
+                for (edge, sender) in &self.edges {
+                    let except = from
+                        .filter(|peer| peer.edge == *edge)
+                        .map(|peer| peer.connection);
+                    sender.send(ToEdge::FanOut {
+                        except,
+                        update: update.clone(),
+                    });
+                }
+            }
+            Effect::Presence { payload } => {
+                self.presence_changed = true;
+                for sender in self.edges.values() {
+                    sender.send(ToEdge::Presence {
+                        payload: payload.clone(),
+                    });
+                }
+            }
+            Effect::Send { to, message } => {
+                if let Some(sender) = self.edges.get(&to) {
+                    sender.send(message);
+                }
+            }
+            Effect::Append {
+                seq,
+                update,
+                author,
+            } => {
+                let append = Append {
+                    document: self.name.clone(),
+                    seq,
+                    ownership: self.ownership,
+                    bytes: update,
+                    author,
+                };
+                self.documents.log.append(append, self.log_reply.clone());
+            }
+            Effect::NotAdmitted { reason } => {
+                self.documents
+                    .metrics
+                    .updates_refused
+                    .with_label_values(&[reason])
+                    .inc();
+            }
+        }
+    }
+
+    fn logged(&mut self, event: LogEvent) -> Option<End> {
+        match event {
+            LogEvent::Committed(seq) => {
+                let end = self.handle(Input::Committed { seq });
+                let durable = self.waiting.extract_if(.., |(after, ..)| *after <= seq);
+                for (_, reply, answer) in durable {
+                    let _ = reply.send(Ok(answer));
+                }
+                end
+            }
+            LogEvent::Fenced => {
+                // Whoever took the slot raised its epoch by one at least.
+                let epoch = Epoch(self.ownership.epoch.0 + 1);
+                Some(End::Moved(epoch))
+            }
+            LogEvent::Conflict => {
+                tracing::error!(document.id = %self.name, "the log holds other bytes than memory; the document is loaded again");
+                Some(End::Reload)
+            }
+        }
+    }
+
+    /// Answers now what is durable now, and the rest when it is.
+    fn ask(&mut self, question: &Question, reply: oneshot::Sender<Result<Answer, AskError>>) {
+        let answer = match question {
+            Question::Text(name) => Answer::Text(self.document.text(name)),
+            Question::State => Answer::State(self.document.encode_state()),
+            Question::Presence => Answer::Presence(self.presence()),
+        };
+        if self.document.is_settled() {
+            let _ = reply.send(Ok(answer));
+        } else {
+            self.waiting
+                .push((self.document.assigned_seq(), reply, answer));
+        }
+    }
+
+    fn presence(&self) -> Vec<(u64, String)> {
+        self.document
+            .presence()
+            .map(|(client, state)| (client, state.to_owned()))
+            .collect()
+    }
+
+    /// Waits until all is durable and lets nothing in until the slot's fate is decided.
+    async fn frozen(
+        &mut self,
+        inputs: &mut mpsc::UnboundedReceiver<ToDocument>,
+        settled: oneshot::Sender<()>,
+        backlog: &mut VecDeque<ToDocument>,
+    ) -> Option<End> {
+        if let Some(end) = self.settle().await {
+            return Some(end);
+        }
+        let _ = settled.send(());
+        // What clients send now waits: the next owner gets it from them, or this one after a thaw.
+        loop {
+            match inputs.recv().await? {
+                ToDocument::Thaw => return None,
+                ToDocument::Release(epoch) if self.ownership.epoch < epoch => {
+                    for message in backlog.drain(..) {
+                        if let ToDocument::Attach(edge, sender, _) = message {
+                            self.edges.insert(edge, sender);
+                        }
+                    }
+                    return Some(End::Moved(epoch));
+                }
+                message => backlog.push_back(message),
+            }
+        }
+    }
+
+    async fn settle(&mut self) -> Option<End> {
+        while !self.document.is_settled() {
+            let event = self.log_events.recv().await?;
+            if let Some(end) = self.logged(event) {
+                return Some(end);
+            }
+        }
+        None
+    }
+
+    async fn tick(&mut self, inputs: &mpsc::UnboundedReceiver<ToDocument>) -> Option<End> {
+        let now = self.documents.started.elapsed();
+        let end = self.handle(Input::Expire { now });
+        if std::mem::take(&mut self.presence_changed) {
+            self.documents
+                .bus
+                .publish_presence(&self.name, self.presence())
+                .await;
+        }
+        let settled = self.document.is_settled();
+        if settled && SNAPSHOT_AFTER_UPDATES <= self.document.tail() {
+            self.start_snapshot();
+        }
+        let unused = self.document.is_idle() && UNLOAD_AFTER <= self.idle_since.elapsed();
+        if unused && settled && self.snapshot_running.is_none() {
+            if 0 < self.document.tail() {
+                self.start_snapshot();
+            } else if self.leave_table(inputs) {
+                return Some(End::Unused);
+            }
+        }
+        end
+    }
+
+    /// Takes the document out of the table unless somebody has just asked for it.
+    fn leave_table(&self, inputs: &mpsc::UnboundedReceiver<ToDocument>) -> bool {
+        let mut open = self.documents.open();
+        let unused = inputs.is_empty();
+        if unused
+            && open
+                .documents
+                .get(&self.name)
+                .is_some_and(|entry| entry.id == self.id)
+        {
+            open.documents.remove(&self.name);
+        }
+        unused
+    }
+
+    fn start_snapshot(&mut self) {
+        if self.snapshot_running.is_some() {
+            return;
+        }
+        let snapshot = NewSnapshot {
+            document: self.name.clone(),
+            ownership: self.ownership,
+            room_epoch: self.room_epoch,
+            seq: self.document.committed_seq(),
+            bytes: self.document.encode_state(),
+        };
+        let (done, running) = oneshot::channel();
+        self.snapshot_running = Some(running);
+        let documents = self.documents.clone();
+        tokio::spawn(async move {
+            let stored = snapshot::write(
+                documents.store.as_ref(),
+                documents.bus.as_ref(),
+                &documents.metrics,
+                snapshot,
+            )
+            .await;
+            let _ = done.send(stored);
+        });
+    }
+
+    /// Deletes the document once nothing of it is on its way, and ends.
+    async fn delete(&mut self, reply: oneshot::Sender<Result<Answer, AskError>>) -> Option<End> {
+        if let Some(end) = self.settle().await {
+            return Some(end);
+        }
+        let last = self.document.committed_seq();
+        let (answer, end) = match self
+            .documents
+            .store
+            .delete(&self.name, self.ownership, last)
+            .await
+        {
+            Ok(Fence::Held) => {
+                let reason = "the document was deleted".to_owned();
+                (
+                    Ok(Answer::Deleted),
+                    End::Unavailable(Unavailable::Deleted, reason),
+                )
+            }
+            Ok(Fence::Fenced) => {
+                let epoch = Epoch(self.ownership.epoch.0 + 1);
+                (Err(AskError::Moved(self.name.clone())), End::Moved(epoch))
+            }
+            // Whether it is gone is not known: loading it again tells.
+            Err(error) => {
+                let reason = error.to_string();
+                (
+                    Err(AskError::Unavailable {
+                        document: self.name.clone(),
+                        reason,
+                    }),
+                    End::Reload,
+                )
+            }
+        };
+        let _ = reply.send(answer);
+        Some(end)
+    }
+}
+
+/// The next input, those that a freeze held back first.
+async fn next(
+    backlog: &mut VecDeque<ToDocument>,
+    inputs: &mut mpsc::UnboundedReceiver<ToDocument>,
+) -> Option<ToDocument> {
+    match backlog.pop_front() {
+        Some(held) => Some(held),
+        None => inputs.recv().await,
+    }
+}

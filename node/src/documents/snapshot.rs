@@ -1,0 +1,114 @@
+//! Writing a snapshot: store it, prove that it can be read, then cut the log.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bytes::Bytes;
+use collab_core::document::new_doc;
+use collab_core::ids::Seq;
+use yrs::updates::decoder::Decode;
+use yrs::{ReadTxn, StateVector, Transact, Update};
+
+use crate::bus::Bus;
+use crate::metrics::Metrics;
+use crate::store::{Fence, NewSnapshot, Store};
+
+/// Stores a snapshot and cuts the log below the older of the two that are kept. Answers its position if it is stored.
+pub(super) async fn write(
+    store: &dyn Store,
+    bus: &dyn Bus,
+    metrics: &Metrics,
+    snapshot: NewSnapshot,
+) -> Option<Seq> {
+    let result = write_verified(store, bus, &snapshot).await;
+    let label = if result.is_ok() { "written" } else { "failed" };
+    metrics.snapshots.with_label_values(&[label]).inc();
+    match result {
+        Ok(()) => Some(snapshot.seq),
+        Err(reason) => {
+            tracing::warn!(document.id = %snapshot.document, seq = %snapshot.seq, reason, "no snapshot was written");
+            None
+        }
+    }
+}
+
+async fn write_verified(
+    store: &dyn Store,
+    bus: &dyn Bus,
+    snapshot: &NewSnapshot,
+) -> Result<(), String> {
+    let bytes = snapshot.bytes.clone();
+    let verified =
+        tokio::task::spawn_blocking(move || catch_unwind(AssertUnwindSafe(|| verify(&bytes))))
+            .await;
+    match verified {
+        Ok(Ok(verdict)) => verdict?,
+        Ok(Err(_)) | Err(_) => return Err("reading it back panics".to_owned()),
+    }
+    match store.snapshot(snapshot).await {
+        Ok(Fence::Held) => {}
+        Ok(Fence::Fenced) => return Err("the slot has a new owner".to_owned()),
+        Err(error) => return Err(error.to_string()),
+    }
+    bus.cache_snapshot(
+        &snapshot.document,
+        snapshot.room_epoch,
+        snapshot.seq,
+        &snapshot.bytes,
+    )
+    .await;
+    // A compaction that fails only leaves more to read; the next one makes up for it.
+    if let Err(error) = store.compact(&snapshot.document, snapshot.ownership).await {
+        tracing::warn!(document.id = %snapshot.document, %error, "the log was not cut");
+    }
+    Ok(())
+}
+
+/// Decodes a state in a fresh document and compares what came out with what went in.
+fn verify(bytes: &Bytes) -> Result<(), String> {
+    let decode = |bytes: &[u8]| {
+        Update::decode_v1(bytes).map_err(|error| format!("it cannot be decoded: {error}"))
+    };
+    let wanted = decode(bytes)?;
+    let doc = new_doc();
+    let applied = decode(bytes)?;
+    doc.transact_mut()
+        .apply_update(applied)
+        .map_err(|error| format!("it cannot be applied: {error}"))?;
+    let txn = doc.transact();
+    let got = decode(&txn.encode_state_as_update_v1(&StateVector::default()))?;
+    let same = got.state_vector() == wanted.state_vector()
+        && got.delete_set() == wanted.delete_set()
+        && !txn.has_missing_updates();
+    if same {
+        Ok(())
+    } else {
+        Err("reading it back gives another document".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use yrs::Text;
+
+    use super::*;
+
+    #[test]
+    fn a_state_verifies_and_one_with_a_hole_does_not() {
+        let doc = new_doc();
+        let text = doc.get_or_insert_text("quill");
+        text.insert(&mut doc.transact_mut(), 0, "hello");
+        let before = doc.transact().state_vector();
+        text.insert(&mut doc.transact_mut(), 5, " world");
+        text.remove_range(&mut doc.transact_mut(), 0, 1);
+        let txn = doc.transact();
+        assert_eq!(
+            verify(
+                &txn.encode_state_as_update_v1(&StateVector::default())
+                    .into()
+            ),
+            Ok(())
+        );
+        assert!(verify(&txn.encode_diff_v1(&before).into()).is_err());
+        assert!(verify(&Bytes::from_static(b"\x01\x01")).is_err());
+    }
+}

@@ -1,0 +1,188 @@
+//! Ownership moves as planned: balancing, and the drain of this node.
+//!
+//! Drain, SIGTERM, rollout and scale-in are one path: say so, hand every slot over, close the sockets at
+//! a limited rate, and only then be gone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use collab_core::control::MemberState;
+use collab_core::ids::Epoch;
+use collab_core::limits::{HANDOFF_CONCURRENCY, MAP_POLL_EVERY};
+use futures::future::join_all;
+use tokio::time::{Instant, sleep, timeout};
+use uuid::Uuid;
+
+use crate::documents::Documents;
+use crate::edge::Edge;
+use crate::members::Members;
+use crate::metrics::Metrics;
+use crate::store::{Ownership, Store};
+
+/// A document that cannot settle for this long keeps its slot for another try.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A drain that finds nobody to take its slots ends after this time; the lease does the rest.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Moves slots to where they belong.
+pub struct Handoff {
+    store: Arc<dyn Store>,
+    members: Arc<Members>,
+    documents: Arc<Documents>,
+    edge: Arc<Edge>,
+    metrics: Metrics,
+}
+
+impl Handoff {
+    /// Knows everything that moving a slot touches.
+    pub fn new(
+        store: Arc<dyn Store>,
+        members: Arc<Members>,
+        documents: Arc<Documents>,
+        edge: Arc<Edge>,
+        metrics: Metrics,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            members,
+            documents,
+            edge,
+            metrics,
+        })
+    }
+
+    /// Hands over what belongs elsewhere, for ever.
+    pub async fn balance(self: Arc<Self>) {
+        let mut map = self.members.watch();
+        loop {
+            // Without a lease this node has nothing to give away that others could not adopt.
+            if self.members.lease_held() {
+                let mut moves = self
+                    .members
+                    .map()
+                    .handoffs(self.members.incarnation(), Instant::now());
+                let more = HANDOFF_CONCURRENCY < moves.len();
+                moves.truncate(HANDOFF_CONCURRENCY);
+                if !moves.is_empty() && self.hand_over(&moves).await && more {
+                    continue;
+                }
+            }
+            tokio::select! {
+                () = sleep(MAP_POLL_EVERY) => {}
+                changed = map.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// Closes the sockets of a node that was drained by the operator and says that it may go; for ever,
+    /// because a drain can be taken back.
+    pub async fn finish_drains(self: Arc<Self>) {
+        let mut finished = false;
+        loop {
+            sleep(MAP_POLL_EVERY).await;
+            if !self.members.is_draining() {
+                finished = false;
+            } else if !finished && self.members.owned().is_empty() {
+                self.edge.close_all().await;
+                match self
+                    .store
+                    .set_state(self.members.incarnation(), MemberState::Drained)
+                    .await
+                {
+                    Ok(()) => finished = true,
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot say yet that the drain is complete")
+                    }
+                }
+            }
+        }
+    }
+
+    /// Leaves the cluster: gives all slots away, closes the sockets, ends the membership.
+    pub async fn leave(&self) {
+        self.members.drain();
+        let begun = Instant::now();
+        let me = self.members.incarnation();
+        while !self.members.owned().is_empty() && begun.elapsed() < DRAIN_TIMEOUT {
+            let alone = !self.members.map().members().any(|member| {
+                member.incarnation != me
+                    && member.state == MemberState::Active
+                    && !member.lease_left.is_zero()
+            });
+            if alone {
+                break;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        // Whatever is still here is made durable before the clients are told to go.
+        let settled = join_all(
+            self.members
+                .owned()
+                .into_iter()
+                .map(|owned| self.documents.freeze(owned.slot)),
+        );
+        let _ = timeout(FREEZE_TIMEOUT, settled).await;
+        self.edge.close_all().await;
+        if let Err(error) = self.store.leave(me).await {
+            tracing::warn!(%error, "the membership was not ended; its lease will end by itself");
+        }
+    }
+
+    /// Hands slots over, one statement per target. Answers whether all of them moved.
+    async fn hand_over(&self, moves: &[(Ownership, Uuid)]) -> bool {
+        self.metrics
+            .slots_moving
+            .set(i64::try_from(moves.len()).unwrap_or(i64::MAX));
+        let mut by_target = BTreeMap::<Uuid, Vec<Ownership>>::new();
+        for (ownership, target) in moves {
+            by_target.entry(*target).or_default().push(*ownership);
+        }
+        let batches = by_target
+            .into_iter()
+            .map(|(target, slots)| self.hand_over_to(target, slots));
+        let all = join_all(batches).await.into_iter().all(|moved| moved);
+        self.metrics.slots_moving.set(0);
+        all
+    }
+
+    async fn hand_over_to(&self, target: Uuid, slots: Vec<Ownership>) -> bool {
+        let settled = join_all(
+            slots
+                .iter()
+                .map(|ownership| self.documents.freeze(ownership.slot)),
+        );
+        let moved = match timeout(FREEZE_TIMEOUT, settled).await {
+            Ok(_) => self.store.hand_off(&slots, target).await,
+            Err(_) => {
+                tracing::warn!(
+                    slots = slots.len(),
+                    "slots did not settle in time; they stay for now"
+                );
+                Ok(Vec::new())
+            }
+        };
+        let moved = moved.unwrap_or_else(|error| {
+            // It may have happened: the fence and the map tell.
+            tracing::warn!(%error, "a handoff has no known outcome");
+            self.members.look_now();
+            Vec::new()
+        });
+        self.members.note(&moved, target);
+        let epochs: BTreeMap<_, Epoch> = moved.into_iter().collect();
+        for ownership in &slots {
+            let result = match epochs.get(&ownership.slot) {
+                Some(epoch) => {
+                    self.documents.release(ownership.slot, *epoch);
+                    "moved"
+                }
+                None => {
+                    self.documents.thaw(ownership.slot);
+                    "failed"
+                }
+            };
+            self.metrics.handoffs.with_label_values(&[result]).inc();
+        }
+        epochs.len() == slots.len()
+    }
+}

@@ -1,0 +1,19 @@
+//! A node of the collaboration cluster: edge for every client, owner of its documents.
+//!
+//! The library is the node without its `main`, for the tests.
+
+pub mod admin;
+pub mod api;
+pub mod auth;
+pub mod bus;
+pub mod config;
+pub mod documents;
+pub mod edge;
+pub mod handoff;
+pub mod log;
+pub mod members;
+pub mod metrics;
+pub mod page;
+pub mod peers;
+pub mod server;
+pub mod store;

@@ -1,0 +1,322 @@
+//! The group commit: waiting appends of all documents of this node go to the store together.
+//!
+//! There is no timer. An idle log commits at once; what arrives while a batch is on its way is the
+//! next batch. At most two batches are in flight, never two that share a slot: a slot whose last
+//! batch is unresolved waits, so that positions enter the log in order and a claim never waits for
+//! more than one statement. A batch whose outcome is not known is resolved before anything else of
+//! its slots.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use collab_core::ids::{DocumentId, Epoch, Seq, Slot};
+use collab_core::limits::{BATCH_BYTES_MAX, BATCH_UPDATES_MAX, BATCHES_IN_FLIGHT_MAX};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+use crate::members::Members;
+use crate::metrics::Metrics;
+use crate::store::{Append, Ownership, Store};
+
+/// Between two tries to resolve a batch whose outcome is not known.
+const RESOLVE_EVERY: Duration = Duration::from_millis(100);
+
+/// What became of appends of one document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogEvent {
+    /// Everything up to this position is durable.
+    Committed(Seq),
+    /// Another owner has the slot: acknowledge nothing and let the document go.
+    Fenced,
+    /// The position holds other bytes: what is in memory is wrong, load again.
+    Conflict,
+}
+
+/// Hands appends to the group commit.
+#[derive(Clone, Debug)]
+pub struct Log {
+    queue: mpsc::UnboundedSender<Queued>,
+}
+
+#[derive(Debug)]
+struct Queued {
+    append: Append,
+    reply: mpsc::UnboundedSender<LogEvent>,
+}
+
+impl Log {
+    /// Starts the log; the second part is its task, which runs until every handle is gone.
+    pub fn new(
+        store: Arc<dyn Store>,
+        members: Arc<Members>,
+        metrics: Metrics,
+    ) -> (Self, impl Future<Output = ()> + Send) {
+        let (queue, queued) = mpsc::unbounded_channel();
+        let writer = Writer {
+            store,
+            members,
+            metrics,
+        };
+        (Self { queue }, run(Arc::new(writer), queued))
+    }
+
+    /// Queues an append. `reply` gets exactly one event for it, or a later position's.
+    pub fn append(&self, append: Append, reply: mpsc::UnboundedSender<LogEvent>) {
+        // The log ends with the process only.
+        let _ = self.queue.send(Queued { append, reply });
+    }
+}
+
+struct Writer {
+    store: Arc<dyn Store>,
+    members: Arc<Members>,
+    metrics: Metrics,
+}
+
+async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
+    let mut waiting = VecDeque::<Queued>::new();
+    let mut busy = BTreeSet::<Slot>::new();
+    let mut flights = JoinSet::<BTreeSet<Slot>>::new();
+    loop {
+        tokio::select! {
+            next = queued.recv() => {
+                let Some(next) = next else { return };
+                waiting.push_back(next);
+                while let Ok(next) = queued.try_recv() {
+                    waiting.push_back(next);
+                }
+            }
+            Some(landed) = flights.join_next() => match landed {
+                Ok(slots) => busy.retain(|slot| !slots.contains(slot)),
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            }
+        }
+        while flights.len() < BATCHES_IN_FLIGHT_MAX {
+            let batch = take_batch(&mut waiting, &busy);
+            if batch.is_empty() {
+                break;
+            }
+            let slots: BTreeSet<Slot> = batch
+                .iter()
+                .map(|queued| queued.append.ownership.slot)
+                .collect();
+            busy.extend(&slots);
+            let writer = writer.clone();
+            flights.spawn(async move {
+                writer.commit(batch).await;
+                slots
+            });
+        }
+    }
+}
+
+/// Takes what may go now, in order: nothing of a slot that is in flight, one epoch per slot (the fence
+/// speaks of slots, so a stale append must not ride with a fresh one), and within the bounds of a batch.
+fn take_batch(waiting: &mut VecDeque<Queued>, busy: &BTreeSet<Slot>) -> Vec<Queued> {
+    let mut batch = Vec::new();
+    let mut epochs = BTreeMap::<Slot, Epoch>::new();
+    let mut bytes = 0;
+    let mut passed_over = VecDeque::new();
+    while let Some(next) = waiting.pop_front() {
+        let size = next.append.bytes.len();
+        let full = batch.len() == BATCH_UPDATES_MAX
+            || (!batch.is_empty() && BATCH_BYTES_MAX < bytes + size);
+        if full {
+            waiting.push_front(next);
+            break;
+        }
+        let Ownership { slot, epoch, .. } = next.append.ownership;
+        if busy.contains(&slot) || *epochs.entry(slot).or_insert(epoch) != epoch {
+            passed_over.push_back(next);
+        } else {
+            bytes += size;
+            batch.push(next);
+        }
+    }
+    passed_over.append(waiting);
+    *waiting = passed_over;
+    batch
+}
+
+impl Writer {
+    /// Brings a batch to a known end and tells its documents.
+    async fn commit(&self, batch: Vec<Queued>) {
+        self.metrics
+            .append_batch_updates
+            .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
+        let appends: Vec<Append> = batch.iter().map(|queued| queued.append.clone()).collect();
+        let begun = Instant::now();
+        let outcomes = self.resolve(&appends).await;
+        self.metrics
+            .append_seconds
+            .observe(begun.elapsed().as_secs_f64());
+        // One event per document: its last position, or what went wrong first.
+        let mut events = BTreeMap::<DocumentId, (LogEvent, mpsc::UnboundedSender<LogEvent>)>::new();
+        for (queued, outcome) in batch.into_iter().zip(outcomes) {
+            let Queued { append, reply } = queued;
+            match events.get_mut(&append.document) {
+                Some((LogEvent::Committed(seq), _)) if outcome == Outcome::Committed => {
+                    *seq = append.seq.max(*seq);
+                }
+                Some((earlier @ LogEvent::Committed(_), _)) => *earlier = outcome.event(append.seq),
+                Some(_) => {}
+                None => {
+                    events.insert(append.document, (outcome.event(append.seq), reply));
+                }
+            }
+        }
+        for (document, (event, reply)) in events {
+            if event == LogEvent::Fenced {
+                self.members.look_now();
+                tracing::info!(document.id = %document, "append refused: the slot has a new owner");
+            }
+            // A document that was let go meanwhile needs no answer.
+            let _ = reply.send(event);
+        }
+    }
+
+    /// Appends until every outcome is known. The statement is keyed by document and position, so that
+    /// saying it again is safe.
+    async fn resolve(&self, appends: &[Append]) -> Vec<Outcome> {
+        loop {
+            // Without the lease others may adopt: what is queued waits for a renewal or for the fence.
+            if self.members.lease_held() {
+                match self.try_once(appends).await {
+                    Ok(outcomes) => return outcomes,
+                    Err(error) => {
+                        self.metrics.store_up.set(0);
+                        tracing::warn!(%error, updates = appends.len(), "an append has no known outcome; asking again");
+                    }
+                }
+            }
+            sleep(RESOLVE_EVERY).await;
+        }
+    }
+
+    async fn try_once(&self, appends: &[Append]) -> Result<Vec<Outcome>, crate::store::StoreError> {
+        let done = self.store.append(appends).await?;
+        let held: BTreeSet<Slot> = done.held.into_iter().collect();
+        let inserted: BTreeSet<(DocumentId, Seq)> = done.inserted.into_iter().collect();
+        let key = |append: &Append| (append.document.clone(), append.seq);
+        let in_doubt: Vec<(DocumentId, Seq)> = appends
+            .iter()
+            .filter(|append| held.contains(&append.ownership.slot))
+            .map(key)
+            .filter(|key| !inserted.contains(key))
+            .collect();
+        // Read in a second statement: the first one's snapshot may be older than the rows it met.
+        let written = if in_doubt.is_empty() {
+            Vec::new()
+        } else {
+            self.store.written(&in_doubt).await?
+        };
+        let outcomes = appends.iter().map(|append| {
+            if !held.contains(&append.ownership.slot) {
+                self.metrics.updates_fenced.inc();
+                return Outcome::Fenced;
+            }
+            if inserted.contains(&key(append)) {
+                return Outcome::Committed;
+            }
+            let crc32c = crc32c::crc32c(&append.bytes);
+            let same = written.iter().any(|row| {
+                row.document == append.document
+                    && row.seq == append.seq
+                    && row.epoch == append.ownership.epoch
+                    && row.crc32c == crc32c
+            });
+            if same {
+                Outcome::Committed
+            } else {
+                Outcome::Conflict
+            }
+        });
+        Ok(outcomes.collect())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Committed,
+    Fenced,
+    Conflict,
+}
+
+impl Outcome {
+    const fn event(self, seq: Seq) -> LogEvent {
+        match self {
+            Self::Committed => LogEvent::Committed(seq),
+            Self::Fenced => LogEvent::Fenced,
+            Self::Conflict => LogEvent::Conflict,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn a_batch_keeps_the_order_and_leaves_slots_in_flight_alone() {
+        let mut waiting: VecDeque<Queued> = [("a", 1, 1), ("b", 2, 1), ("a", 1, 2), ("c", 3, 1)]
+            .into_iter()
+            .map(queued)
+            .collect();
+        let batch = take_batch(&mut waiting, &BTreeSet::from([Slot(2)]));
+        assert_eq!(names(&batch), ["a1", "a2", "c1"]);
+        assert_eq!(names(waiting.make_contiguous()), ["b1"]);
+        assert_eq!(names(&take_batch(&mut waiting, &BTreeSet::new())), ["b1"]);
+    }
+
+    #[test]
+    fn a_batch_is_bounded_and_what_is_left_keeps_its_order() {
+        let many = i64::try_from(BATCH_UPDATES_MAX).unwrap() + 2;
+        let mut waiting: VecDeque<Queued> = (1..=many).map(|seq| queued(("a", 1, seq))).collect();
+        waiting.push_front(queued(("b", 2, 7)));
+        let batch = take_batch(&mut waiting, &BTreeSet::from([Slot(2)]));
+        assert_eq!(batch.len(), BATCH_UPDATES_MAX);
+        assert_eq!(names(waiting.make_contiguous()), ["b7", "a1001", "a1002"]);
+    }
+
+    #[test]
+    fn appends_of_two_epochs_of_a_slot_never_share_a_batch() {
+        let mut stale = queued(("a", 1, 9));
+        stale.append.ownership.epoch = Epoch(0);
+        let mut waiting = VecDeque::from([stale, queued(("a", 1, 5)), queued(("b", 2, 1))]);
+        assert_eq!(
+            names(&take_batch(&mut waiting, &BTreeSet::new())),
+            ["a9", "b1"]
+        );
+        assert_eq!(names(&take_batch(&mut waiting, &BTreeSet::new())), ["a5"]);
+    }
+
+    fn queued((document, slot, seq): (&str, u16, i64)) -> Queued {
+        let ownership = Ownership {
+            slot: Slot(slot),
+            epoch: Epoch(1),
+            incarnation: Uuid::nil(),
+        };
+        let append = Append {
+            document: DocumentId::new(document).unwrap(),
+            seq: Seq(seq),
+            ownership,
+            bytes: bytes::Bytes::from_static(b"x"),
+            author: String::new(),
+        };
+        Queued {
+            append,
+            reply: mpsc::unbounded_channel().0,
+        }
+    }
+
+    fn names(batch: &[Queued]) -> Vec<String> {
+        batch
+            .iter()
+            .map(|queued| format!("{}{}", queued.append.document, queued.append.seq))
+            .collect()
+    }
+}

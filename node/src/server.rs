@@ -1,0 +1,311 @@
+//! Router, listeners, graceful stop.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::Router;
+use axum::extract::{Path, Query, State, WebSocketUpgrade};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::serve::ListenerExt;
+use collab_core::control::LoadSample;
+use collab_core::ids::DocumentId;
+use collab_core::limits::FRAME_BYTES_MAX;
+use serde::Deserialize;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tower_http::set_header::SetResponseHeaderLayer;
+
+use crate::admin;
+use crate::api::owners::Owners;
+use crate::api::{self, ApiError};
+use crate::auth::Auth;
+use crate::bus::Bus;
+use crate::bus::memory::NoBus;
+use crate::bus::redis::RedisBus;
+use crate::config::{Config, Storage};
+use crate::documents::Documents;
+use crate::edge::Edge;
+use crate::handoff::Handoff;
+use crate::log::Log;
+use crate::members::Members;
+use crate::metrics::Metrics;
+use crate::page;
+use crate::peers::Peers;
+use crate::store::postgres::Postgres;
+use crate::store::sqlite::Sqlite;
+use crate::store::{Registration, Store, StoreError};
+
+/// Between two tries to reach a database that does not answer yet.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+/// Between two samples of the load.
+const LOAD_EVERY: Duration = Duration::from_millis(500);
+
+/// What every request may need.
+pub struct App {
+    /// Checks client tokens.
+    pub auth: Auth,
+    /// Token of the control API; without it the API is on loopback only.
+    pub control_token: Option<String>,
+    /// Durable storage.
+    pub store: Arc<dyn Store>,
+    /// Forgetful storage.
+    pub bus: Arc<dyn Bus>,
+    /// This node among the others.
+    pub members: Arc<Members>,
+    /// The documents owned and open here.
+    pub documents: Arc<Documents>,
+    /// Finds the owner of any document.
+    pub owners: Owners,
+    /// The sockets of clients.
+    pub edge: Arc<Edge>,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// Runs a node until it is told to stop (SIGTERM, SIGINT) or cannot go on.
+///
+/// # Errors
+/// When it cannot start, or a task that must not end has ended.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let metrics = Metrics::new();
+    let listener = bind(config.listen).await?;
+    let internal = match config.internal_listen {
+        Some(address) => Some(bind(address).await?),
+        None => None,
+    };
+    let store = open_store(&config).await?;
+    let bus: Arc<dyn Bus> = match &config.redis {
+        Some(url) => Arc::new(RedisBus::new(url, metrics.clone()).context("the URL of Redis")?),
+        None => Arc::new(NoBus),
+    };
+    let registration = Registration {
+        node: config.node.clone(),
+        incarnation: config.incarnation,
+        pod_uid: config.pod_uid.clone(),
+        address: config.advertise.clone(),
+        zone: config.zone.clone(),
+        weight: 100,
+    };
+    let alone = matches!(config.storage, Storage::Embedded(_));
+    let members = Members::new(
+        store.clone(),
+        metrics.clone(),
+        registration,
+        config.slots,
+        alone,
+    );
+    let (log, log_task) = Log::new(store.clone(), members.clone(), metrics.clone());
+    let documents = Documents::new(
+        store.clone(),
+        members.clone(),
+        log,
+        bus.clone(),
+        metrics.clone(),
+    );
+    let peers = Peers::new(config.control_token.clone(), metrics.clone());
+    let edge = Edge::new(documents.clone(), members.clone(), peers, metrics.clone());
+    let handoff = Handoff::new(
+        store.clone(),
+        members.clone(),
+        documents.clone(),
+        edge.clone(),
+        metrics.clone(),
+    );
+    let owners = Owners::new(
+        documents.clone(),
+        members.clone(),
+        config.control_token.clone(),
+    )?;
+    let app = Arc::new(App {
+        auth: Auth::new(config.auth_secret.as_deref()),
+        control_token: config.control_token.clone(),
+        store,
+        bus,
+        members: members.clone(),
+        documents: documents.clone(),
+        owners,
+        edge,
+        metrics,
+    });
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(members.clone().keep_lease());
+    tasks.spawn(endless(members.clone().follow_map()));
+    tasks.spawn(endless(members.clone().adopt()));
+    tasks.spawn(endless(log_task));
+    tasks.spawn(endless(documents.follow_map()));
+    tasks.spawn(endless(handoff.clone().balance()));
+    tasks.spawn(endless(handoff.clone().finish_drains()));
+    tasks.spawn(endless(sample_load(app.clone())));
+    tasks.spawn(serve(listener, public(&app, internal.is_none())));
+    if let Some(internal) = internal {
+        tasks.spawn(serve(
+            internal,
+            admin::health()
+                .merge(admin::control(&app))
+                .with_state(app.clone()),
+        ));
+    }
+    say_hello(&config);
+    let stop = tokio::select! {
+        ended = tasks.join_next() => match ended {
+            Some(Ok(Err(error))) => Err(error),
+            Some(Err(error)) => Err(error.into()),
+            Some(Ok(Ok(()))) | None => Err(anyhow::anyhow!("a task ended unasked")),
+        },
+        () = told_to_stop() => Ok(()),
+    };
+    if stop.is_ok() {
+        tracing::info!("stopping: handing over what is owned");
+        handoff.leave().await;
+    }
+    stop
+}
+
+async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
+    Ok(match &config.storage {
+        Storage::Embedded(folder) => Arc::new(Sqlite::open(folder).await?),
+        Storage::Cluster(url) => loop {
+            match Postgres::connect(url).await {
+                Ok(store) => break Arc::new(store),
+                Err(StoreError::Unavailable(error)) => {
+                    tracing::warn!(%error, "the database does not answer yet; trying again");
+                    sleep(STORE_RETRY).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        },
+    })
+}
+
+/// What clients reach.
+fn public(app: &Arc<App>, with_health: bool) -> Router {
+    let router = Router::new()
+        .route("/ws/{*document}", get(websocket))
+        .merge(api::router())
+        .merge(page::router());
+    let router = if with_health {
+        router.merge(admin::health())
+    } else {
+        router
+    };
+    let nosniff = SetResponseHeaderLayer::if_not_present(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
+    router.layer(nosniff).with_state(app.clone())
+}
+
+#[derive(Debug, Deserialize)]
+struct SocketQuery {
+    token: Option<String>,
+}
+
+async fn websocket(
+    State(app): State<Arc<App>>,
+    Path(document): Path<String>,
+    Query(query): Query<SocketQuery>,
+    headers: HeaderMap,
+    upgrade: WebSocketUpgrade,
+) -> Response {
+    let document = match DocumentId::new(&document) {
+        Ok(document) => document,
+        Err(error) => return ApiError::Bad(error.to_string()).into_response(),
+    };
+    let claims = app.auth.claims(&headers, query.token.as_deref());
+    let visitor = claims.and_then(|claims| claims.to_read(&document).map(|()| claims.visitor()));
+    match visitor {
+        Ok(visitor) => {
+            let edge = app.edge.clone();
+            let upgrade = upgrade
+                .max_message_size(FRAME_BYTES_MAX)
+                .max_frame_size(FRAME_BYTES_MAX);
+            upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor))
+        }
+        Err(error) => ApiError::Auth(error).into_response(),
+    }
+}
+
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address).await;
+    listener.with_context(|| {
+        format!("cannot listen on {address}; choose another address with --listen")
+    })
+}
+
+async fn serve(listener: TcpListener, router: Router) -> anyhow::Result<()> {
+    let listener = listener.tap_io(|stream| {
+        // Small frames must not wait for the acknowledgement of earlier ones.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "no TCP_NODELAY");
+        }
+    });
+    Ok(axum::serve(listener, router).await?)
+}
+
+async fn endless(task: impl Future<Output = ()>) -> anyhow::Result<()> {
+    task.await;
+    Ok(())
+}
+
+async fn sample_load(app: Arc<App>) {
+    loop {
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        app.members.set_load(LoadSample {
+            connections: count(app.edge.connections()),
+            documents: count(app.documents.count()),
+            resident_bytes: resident_bytes(),
+        });
+        sleep(LOAD_EVERY).await;
+    }
+}
+
+/// Resident memory of this process; 0 where the system does not tell.
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or_default() * 1024
+}
+
+fn say_hello(config: &Config) {
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = %config.node,
+        "listening on http://{}", config.listen
+    );
+    if config.auth_secret.is_none() {
+        tracing::warn!(
+            "authentication is off: whoever reaches {} reads and writes every document",
+            config.listen
+        );
+    }
+}
+
+async fn told_to_stop() {
+    let terminated = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(error) => {
+                tracing::error!(%error, "SIGTERM cannot be caught");
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let interrupted = async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = terminated => {}
+        () = interrupted => {}
+    }
+}
