@@ -6,7 +6,7 @@
 //! preference. Safety does not rest on any of this: the fence in the store does; these loops decide
 //! how soon.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -403,6 +403,10 @@ impl Members {
 
     /// Follows the map.
     pub async fn follow_map(self: Arc<Self>) {
+        // Whoever registers first creates the slots: read before that, the map would stay empty.
+        while self.lease().renewed.is_none() {
+            sleep(MAP_POLL_EVERY).await;
+        }
         let mut horizon = 0;
         loop {
             match self.store.map(horizon).await {
@@ -455,7 +459,8 @@ impl Members {
             let now = Instant::now();
             let map = self.map();
             let orphans = map.orphans(now);
-            seen.retain(|slot, _| orphans.iter().any(|(orphan, _)| orphan == slot));
+            let orphaned: BTreeSet<Slot> = orphans.iter().map(|(slot, _)| *slot).collect();
+            seen.retain(|slot, _| orphaned.contains(slot));
             if orphans.is_empty() {
                 continue;
             }
