@@ -22,7 +22,7 @@ export class Api {
   /**
    * One page of the documents, from the one after `after` on.
    * @param {{ after?: string, limit?: number }} [page]
-   * @returns {Promise<{ documents: { id: string, updatedAt?: string }[], next?: string }>}
+   * @returns {Promise<{ documents: { id: string, updatedAt: number }[], next?: string }>} times in ms since 1970
    */
   async list ({ after, limit = 50 } = {}) {
     const query = new URLSearchParams({ limit: String(limit), ...(after && { after }) })
@@ -36,6 +36,11 @@ export class Api {
    */
   async create (id) {
     return (await this.#request('POST', DOCUMENTS, { id })).json()
+  }
+
+  /** Fails unless the document is there and may be read. @param {string} id */
+  async check (id) {
+    await this.#request('GET', `${DOCUMENTS}/${encodeURIComponent(id)}`)
   }
 
   /** Deletes a document for everybody. @param {string} id */
@@ -61,8 +66,7 @@ export class Api {
 const complaint = async response => {
   const text = await response.text()
   try {
-    const { detail, message, error } = JSON.parse(text)
-    return detail ?? message ?? error ?? text
+    return JSON.parse(text).error ?? text
   } catch {
     return text || `the server answered ${response.status}`
   }

@@ -54,13 +54,10 @@ export class DocumentList {
     name.className = 'name'
     name.textContent = id
     link.append(name)
-    const time = Date.parse(updatedAt)
-    if (time) {
-      const when = document.createElement('time')
-      when.dateTime = updatedAt
-      when.textContent = age(time, Date.now())
-      link.append(when)
-    }
+    const when = document.createElement('time')
+    when.dateTime = new Date(updatedAt).toISOString()
+    when.textContent = age(updatedAt, Date.now())
+    link.append(when)
     const item = document.createElement('li')
     item.append(link)
     return item

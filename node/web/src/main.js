@@ -17,7 +17,7 @@ const STATES = {
 let token = loadToken(sessionStorage, location, history)
 const user = loadUser(localStorage)
 const api = new Api(() => token)
-const current = new URLSearchParams(location.search).get('document')
+const current = new URLSearchParams(location.search).get('document') || null
 const documents = new DocumentList({ root: $('documents'), api, current })
 
 const session = current === null ? null : openDocument(current)
@@ -124,9 +124,13 @@ async function refreshDocuments () {
 /** A socket that was refused does not say why; a request does. */
 async function probe () {
   try {
-    await api.list({ limit: 1 })
+    await api.check(current)
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401) askForToken()
+    // The document need not exist yet, and a server that is away will be back.
+    if (!(error instanceof ApiError) || error.status === 404 || error.status >= 500) return
+    if (error.status === 401) return askForToken()
+    session.pause()
+    notify(`The server refuses this document: ${error.message}`)
   }
 }
 
@@ -135,6 +139,7 @@ function askForToken () {
   ask($('token-dialog'), data => {
     token = data.get('token').trim()
     saveToken(sessionStorage, token)
+    $('notice').hidden = true
     session?.authorize(token)
     refreshDocuments()
   })

@@ -92,6 +92,11 @@ export class Session extends ObservableV2 {
     this.provider.connect()
   }
 
+  /** Stops trying to connect, until another token is given. */
+  pause () {
+    this.provider.disconnect()
+  }
+
   /** Leaves the document for good: edits that were not saved are given up. */
   close () {
     this.provider.destroy()
