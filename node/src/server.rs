@@ -1,13 +1,13 @@
 //! Router, listeners, graceful stop.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
-use axum::extract::{Path, Query, State, WebSocketUpgrade};
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::extract::{Path, Query, Request, State, WebSocketUpgrade};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt;
@@ -18,6 +18,7 @@ use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
+use tower::ServiceExt;
 use tower_http::set_header::SetResponseHeaderLayer;
 
 use crate::admin;
@@ -78,6 +79,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Some(address) => Some(bind(address).await?),
         None => None,
     };
+    // A node that waits for its database is alive, though not ready.
+    let late = Late::default();
+    let mut tasks = JoinSet::new();
+    if let Some(internal) = internal {
+        tasks.spawn(serve(internal, late.router()));
+    }
     let store = open_store(&config).await?;
     let bus: Arc<dyn Bus> = match &config.redis {
         Some(url) => Arc::new(RedisBus::new(url, metrics.clone()).context("the URL of Redis")?),
@@ -133,7 +140,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         metrics,
     });
 
-    let mut tasks = JoinSet::new();
+    let with_health = config.internal_listen.is_none();
+    late.set(
+        admin::health()
+            .merge(admin::control(&app))
+            .with_state(app.clone()),
+    );
     tasks.spawn(members.clone().keep_lease());
     tasks.spawn(endless(members.clone().follow_map()));
     tasks.spawn(endless(members.clone().adopt()));
@@ -228,6 +240,30 @@ async fn websocket(
             upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor))
         }
         Err(error) => ApiError::Auth(error).into_response(),
+    }
+}
+
+/// Routes that come once there is something behind them; until then only "alive" is answered.
+#[derive(Clone, Default)]
+struct Late(Arc<OnceLock<Router>>);
+
+impl Late {
+    fn set(&self, router: Router) {
+        let _ = self.0.set(router);
+    }
+
+    fn router(&self) -> Router {
+        let late = self.clone();
+        Router::new().fallback(move |request: Request| async move {
+            match late.0.get() {
+                Some(router) => router.clone().oneshot(request).await.into_response(),
+                None if request.uri().path() == "/healthz" => "ok\n".into_response(),
+                None => {
+                    let reason = "not ready: the database does not answer yet\n";
+                    (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
+                }
+            }
+        })
     }
 }
 

@@ -254,6 +254,13 @@ pub enum StoreError {
     Unusable(String),
 }
 
+impl StoreError {
+    #[expect(clippy::needless_pass_by_value, reason = "it stands where an error is mapped")]
+    fn unusable(reason: impl ToString) -> Self {
+        Self::Unusable(reason.to_string())
+    }
+}
+
 /// A document that cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {

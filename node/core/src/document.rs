@@ -665,3 +665,373 @@ pub fn new_doc() -> Doc {
         ..Options::default()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use yrs::{GetString, Text};
+
+    use super::*;
+
+    const EDGE: EdgeId = EdgeId(1);
+    const OTHER_EDGE: EdgeId = EdgeId(2);
+    const ALICE: Peer = peer(EDGE, 1);
+    const BOB: Peer = peer(OTHER_EDGE, 1);
+    const NOTHING: &[u8] = &[0, 0];
+
+    #[test]
+    fn an_update_is_acknowledged_only_once_it_is_durable() {
+        let mut document = shared_by_alice_and_bob();
+        let typed = Typist::new(1).types("h");
+        assert_eq!(
+            document.handle(update(ALICE, 2, &typed)),
+            [fan_out(ALICE, &typed), append(1, &typed)]
+        );
+        assert_eq!(document.handle(committed(1)), [receipt(ALICE, 2)]);
+    }
+
+    #[test]
+    fn a_step_2_waits_for_what_it_contains_and_what_comes_later_does_not_hold_it_up() {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        document.handle(update(ALICE, 2, &typist.types("h")));
+        assert_eq!(document.handle(step1(BOB)), []);
+        document.handle(update(ALICE, 3, &typist.types("i")));
+        let effects = document.handle(committed(1));
+        let [
+            first,
+            Effect::Send {
+                to,
+                message: ToEdge::Step2 { update, .. },
+            },
+        ] = effects.as_slice()
+        else {
+            panic!("a receipt and a step 2, not {effects:?}");
+        };
+        assert_eq!((first, *to), (&receipt(ALICE, 2), OTHER_EDGE));
+        assert_eq!(text_of(&[update]), "h");
+    }
+
+    #[test]
+    fn an_update_that_adds_nothing_is_not_logged_and_its_receipt_waits_all_the_same() {
+        let mut document = shared_by_alice_and_bob();
+        let typed = Typist::new(1).types("h");
+        document.handle(update(ALICE, 2, &typed));
+        // Bob brings back what Alice wrote, before it is durable.
+        assert_eq!(document.handle(update(BOB, 2, &typed)), []);
+        assert_eq!(
+            document.handle(committed(1)),
+            [receipt(ALICE, 2), receipt(BOB, 2)]
+        );
+        assert_eq!(
+            document.handle(update(BOB, 3, &typed)),
+            [receipt(BOB, 3)],
+            "now all of it is durable"
+        );
+    }
+
+    #[test]
+    fn an_update_with_a_hole_before_it_is_neither_logged_nor_acknowledged_until_the_client_fills_it()
+     {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        let lost = typist.types("a");
+        let late = typist.types("b");
+        let effects = document.handle(update(ALICE, 2, &late));
+        assert_eq!(effects[0], Effect::NotAdmitted { reason: "gap" });
+        assert!(matches!(
+            &effects[1],
+            Effect::Send { to: EDGE, message: ToEdge::Step1 { connection, .. } } if *connection == ALICE.connection
+        ));
+        assert_eq!(
+            document.handle(update(ALICE, 3, &typist.types("c"))),
+            [Effect::NotAdmitted { reason: "resync" }],
+            "the answer will contain it"
+        );
+        let all = typist.everything();
+        assert_eq!(
+            document.handle(step2(ALICE, 4, &all)),
+            [fan_out(ALICE, &all), append(1, &all)]
+        );
+        assert_eq!(document.handle(committed(1)), [receipt(ALICE, 4)]);
+        assert_eq!(document.text("quill"), "abc");
+        drop(lost);
+    }
+
+    #[test]
+    fn a_client_whose_answer_has_a_hole_is_asked_again_when_the_document_has_grown() {
+        let mut document = shared_by_alice_and_bob();
+        let mut alice = Typist::new(1);
+        let first = alice.types("a");
+        let mut bob = Typist::new(2);
+        bob.receives(&first);
+        let without_first = bob.types("b");
+        document.handle(Input::Join {
+            peer: BOB,
+            author: String::new(),
+        });
+        assert_eq!(
+            document.handle(step2(BOB, 3, &without_first)),
+            [Effect::NotAdmitted { reason: "gap" }]
+        );
+        let effects = document.handle(update(ALICE, 2, &first));
+        assert!(
+            effects.iter().any(|effect| matches!(
+                effect,
+                Effect::Send {
+                    to: OTHER_EDGE,
+                    message: ToEdge::Step1 { .. }
+                }
+            )),
+            "{effects:?}"
+        );
+        document.handle(step2(BOB, 4, &bob.everything()));
+        assert_eq!(document.text("quill"), "ab");
+    }
+
+    #[test]
+    fn an_edge_that_comes_from_another_owner_gets_what_it_missed_once_it_is_durable() {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        let known = typist.types("known ");
+        document.handle(update(ALICE, 2, &known));
+        document.handle(committed(1));
+        let since = typist.state_vector();
+        document.handle(update(ALICE, 3, &typist.types("missed")));
+        let edge = EdgeId(3);
+        let attached = document.handle(Input::Attach { edge, since });
+        assert_eq!(
+            attached.len(),
+            1,
+            "only that the channel is open: {attached:?}"
+        );
+        let effects = document.handle(committed(2));
+        let Some(Effect::Send {
+            to,
+            message: ToEdge::CatchUp { update },
+        }) = effects.last()
+        else {
+            panic!("a catch-up, not {effects:?}");
+        };
+        assert_eq!(*to, edge);
+        assert_eq!(text_of(&[&known, update]), "known missed");
+    }
+
+    #[test]
+    fn malformed_bytes_close_their_socket_and_change_nothing() {
+        let mut document = shared_by_alice_and_bob();
+        for bytes in [
+            &[1, 1, 1, 2, 162, 8, 6, 0, 0, 0][..],
+            &[255, 255, 255, 255, 15],
+            b"text",
+        ] {
+            let effects = document.handle(update(ALICE, 2, &Bytes::copy_from_slice(bytes)));
+            assert_eq!(effects[0], Effect::NotAdmitted { reason: "invalid" });
+            assert!(matches!(
+                &effects[1],
+                Effect::Send {
+                    message: ToEdge::Refused { .. },
+                    ..
+                }
+            ));
+        }
+        assert_eq!(document.assigned_seq(), Seq(0));
+        assert_eq!(document.encode_state().as_ref(), NOTHING);
+    }
+
+    #[test]
+    fn presence_belongs_to_its_socket_and_ends_with_it_or_when_it_is_not_renewed() {
+        let mut document = shared_by_alice_and_bob();
+        let at = Duration::from_secs;
+        assert_eq!(
+            document.handle(presence(ALICE, 7, 1, "{}", at(0))),
+            [shown(7, 1, "{}")]
+        );
+        assert_eq!(
+            document.handle(presence(ALICE, 7, 1, "{}", at(1))),
+            [],
+            "an older or equal clock says nothing new"
+        );
+        document.handle(Input::Join {
+            peer: BOB,
+            author: "bob".to_owned(),
+        });
+        assert_eq!(
+            document.handle(presence(BOB, 7, 9, "{}", at(2))),
+            [],
+            "another user must not speak for it"
+        );
+        assert_eq!(
+            document.handle(presence(ALICE, 7, 2, "{}", at(20))),
+            [shown(7, 2, "{}")]
+        );
+        assert_eq!(document.handle(Input::Expire { now: at(49) }), []);
+        assert_eq!(
+            document.handle(Input::Expire { now: at(50) }),
+            [shown(7, 2, "null")]
+        );
+        document.handle(presence(BOB, 8, 1, "{}", at(51)));
+        assert_eq!(
+            document.handle(Input::Detach { edge: OTHER_EDGE }),
+            [shown(8, 1, "null")]
+        );
+    }
+
+    #[test]
+    fn a_document_opens_from_snapshot_and_log_and_refuses_a_hole() {
+        let mut typist = Typist::new(1);
+        let first = typist.types("a");
+        let snapshot = typist.everything();
+        let second = typist.types("b");
+        let third = typist.types("c");
+        let log = [(Seq(2), second), (Seq(3), third.clone())];
+        let opened = Document::open(Epoch(4), Some((Seq(1), &snapshot)), &log, Seq(3)).unwrap();
+        assert_eq!((opened.text("quill").as_str(), opened.tail()), ("abc", 2));
+        let holed = Document::open(Epoch(4), None, &[(Seq(1), first), (Seq(2), third)], Seq(2));
+        assert!(holed.is_err());
+    }
+
+    /// A client's document.
+    struct Typist(Doc);
+
+    impl Typist {
+        fn new(client: u64) -> Self {
+            let offset_kind = OffsetKind::Utf16;
+            let client_id = ClientID::new(client);
+            Self(Doc::with_options(Options {
+                client_id,
+                offset_kind,
+                ..Options::default()
+            }))
+        }
+
+        /// Types at the end and answers the update.
+        fn types(&mut self, text: &str) -> Bytes {
+            let quill = self.0.get_or_insert_text("quill");
+            let mut txn = self.0.transact_mut();
+            let end = quill.len(&txn);
+            quill.insert(&mut txn, end, text);
+            txn.encode_update_v1().into()
+        }
+
+        fn receives(&mut self, update: &[u8]) {
+            let update = Update::decode_v1(update).unwrap();
+            self.0.transact_mut().apply_update(update).unwrap();
+        }
+
+        fn everything(&self) -> Bytes {
+            self.0
+                .transact()
+                .encode_state_as_update_v1(&StateVector::default())
+                .into()
+        }
+
+        fn state_vector(&self) -> Bytes {
+            self.0.transact().state_vector().encode_v1().into()
+        }
+    }
+
+    fn text_of(updates: &[&Bytes]) -> String {
+        let mut reader = Typist::new(99);
+        updates.iter().for_each(|update| reader.receives(update));
+        let quill = reader.0.get_or_insert_text("quill");
+        quill.get_string(&reader.0.transact())
+    }
+
+    /// An empty document with both sockets joined and their first answers received.
+    fn shared_by_alice_and_bob() -> Document {
+        let mut document = Document::open(Epoch(1), None, &[], Seq(0)).unwrap();
+        for peer in [ALICE, BOB] {
+            document.handle(Input::Attach {
+                edge: peer.edge,
+                since: Bytes::new(),
+            });
+            document.handle(Input::Join {
+                peer,
+                author: format!("{:?}", peer.edge),
+            });
+            document.handle(step2(peer, 1, &Bytes::from_static(NOTHING)));
+        }
+        document
+    }
+
+    const fn peer(edge: EdgeId, connection: u64) -> Peer {
+        Peer {
+            edge,
+            connection: ConnectionId(connection),
+        }
+    }
+
+    fn update(peer: Peer, number: u64, update: &Bytes) -> Input {
+        Input::Update {
+            peer,
+            number,
+            kind: UpdateKind::Update,
+            update: update.clone(),
+        }
+    }
+
+    fn step2(peer: Peer, number: u64, update: &Bytes) -> Input {
+        Input::Update {
+            peer,
+            number,
+            kind: UpdateKind::Step2,
+            update: update.clone(),
+        }
+    }
+
+    fn step1(peer: Peer) -> Input {
+        Input::Step1 {
+            peer,
+            state_vector: Bytes::from_static(&[0]),
+        }
+    }
+
+    fn presence(peer: Peer, client: u64, clock: u32, json: &str, now: Duration) -> Input {
+        let payload = awareness::encode([awareness::Entry {
+            client,
+            clock,
+            json,
+        }]);
+        Input::Awareness { peer, payload, now }
+    }
+
+    fn shown(client: u64, clock: u32, json: &str) -> Effect {
+        Effect::Presence {
+            payload: awareness::encode([awareness::Entry {
+                client,
+                clock,
+                json,
+            }]),
+        }
+    }
+
+    const fn committed(seq: i64) -> Input {
+        Input::Committed { seq: Seq(seq) }
+    }
+
+    fn fan_out(from: Peer, update: &Bytes) -> Effect {
+        Effect::FanOut {
+            from: Some(from),
+            update: update.clone(),
+        }
+    }
+
+    fn append(seq: i64, update: &Bytes) -> Effect {
+        let author = format!("{EDGE:?}");
+        Effect::Append {
+            seq: Seq(seq),
+            update: update.clone(),
+            author,
+        }
+    }
+
+    const fn receipt(peer: Peer, upto: u64) -> Effect {
+        Effect::Send {
+            to: peer.edge,
+            message: ToEdge::Receipt {
+                connection: peer.connection,
+                upto,
+            },
+        }
+    }
+}

@@ -21,6 +21,7 @@ use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_core::limits::{CLAIM_LOCK_TIMEOUT, SNAPSHOTS_KEPT};
+use sqlx::error::DatabaseError;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
 use sqlx::query::Query;
@@ -44,6 +45,8 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 const DATA_TIMEOUT: Duration = Duration::from_secs(10);
 /// After this time a call about members and slots is given up.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
+/// After this time a session that nobody uses is closed.
+const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 /// Between two attempts to listen for changes of the map.
 const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// After so much silence the session that listens is asked whether it is still there.
@@ -209,7 +212,7 @@ impl Postgres {
     fn failed(&self, error: sqlx::Error) -> StoreError {
         let class = error
             .as_database_error()
-            .and_then(|error| error.code())
+            .and_then(DatabaseError::code)
             .and_then(|code| code.get(..2).map(str::to_owned));
         match (&error, class.as_deref()) {
             // 22 data exception, 23 integrity constraint, 42 syntax error or access rule.
@@ -296,7 +299,7 @@ impl Sessions {
         PgPoolOptions::new()
             .max_connections(size)
             .acquire_timeout(ACQUIRE_TIMEOUT)
-            .idle_timeout(Duration::from_secs(60))
+            .idle_timeout(IDLE_TIMEOUT)
             .test_before_acquire(false) // a round trip per statement; `trusted_since` does it
             .after_connect(move |connection, _| {
                 let sessions = opened.clone();
@@ -470,7 +473,7 @@ impl Store for Postgres {
                     document: document_id(get(row, 0)?)?,
                     seq: Seq(get(row, 1)?),
                     epoch: Epoch(get(row, 2)?),
-                    crc32c: u32::try_from(get::<i64>(row, 3)?).map_err(unusable)?,
+                    crc32c: u32::try_from(get::<i64>(row, 3)?).map_err(StoreError::unusable)?,
                 })
             })
             .collect()
@@ -700,7 +703,7 @@ impl Store for Postgres {
         .bind(&member.node.0)
         .bind(&member.address)
         .bind(&member.zone)
-        .bind(i32::try_from(member.weight).map_err(unusable)?)
+        .bind(i32::try_from(member.weight).map_err(StoreError::unusable)?)
         .bind(MemberState::Active.as_str())
         .bind(millis(lease)?);
         self.run(&self.control, CONTROL_TIMEOUT, query)
@@ -936,7 +939,7 @@ impl Store for Postgres {
         let row = self.run_one(&self.control, CONTROL_TIMEOUT, query).await?;
         Ok(Summary {
             term: Term(get(&row, 0)?),
-            adoptions: u64::try_from(get::<i64>(&row, 1)?).map_err(unusable)?,
+            adoptions: u64::try_from(get::<i64>(&row, 1)?).map_err(StoreError::unusable)?,
             revision: get(&row, 2)?,
             store: StoreReport {
                 version: get(&row, 3)?,
@@ -1083,7 +1086,7 @@ fn member_row(row: &PgRow) -> Result<Member, StoreError> {
     let load: Option<Json<LoadSample>> = get(row, 7)?;
     let duration = |column| {
         Ok(Duration::from_millis(
-            u64::try_from(get::<i64>(row, column)?).map_err(unusable)?,
+            u64::try_from(get::<i64>(row, column)?).map_err(StoreError::unusable)?,
         ))
     };
     Ok(Member {
@@ -1092,9 +1095,9 @@ fn member_row(row: &PgRow) -> Result<Member, StoreError> {
         pod_uid: get(row, 2)?,
         address: get(row, 3)?,
         zone: get(row, 4)?,
-        weight: u32::try_from(get::<i32>(row, 5)?).map_err(unusable)?,
+        weight: u32::try_from(get::<i32>(row, 5)?).map_err(StoreError::unusable)?,
         state: MemberState::parse(state)
-            .ok_or_else(|| unusable(format!("unknown member state {state}")))?,
+            .ok_or_else(|| StoreError::unusable(format!("unknown member state {state}")))?,
         lease_left: duration(8)?,
         load: load.map(|Json(load)| load),
         load_age: duration(9)?,
@@ -1137,23 +1140,19 @@ fn get<'row, T>(row: &'row PgRow, column: usize) -> Result<T, StoreError>
 where
     T: sqlx::Decode<'row, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
 {
-    row.try_get(column).map_err(unusable)
+    row.try_get(column).map_err(StoreError::unusable)
 }
 
 fn slot(number: i32) -> Result<Slot, StoreError> {
-    u16::try_from(number).map(Slot).map_err(unusable)
+    u16::try_from(number).map(Slot).map_err(StoreError::unusable)
 }
 
 fn document_id(text: String) -> Result<DocumentId, StoreError> {
-    DocumentId::try_from(text).map_err(unusable)
+    DocumentId::try_from(text).map_err(StoreError::unusable)
 }
 
 fn millis(duration: Duration) -> Result<i32, StoreError> {
-    i32::try_from(duration.as_millis()).map_err(unusable)
-}
-
-fn unusable(reason: impl ToString) -> StoreError {
-    StoreError::Unusable(reason.to_string())
+    i32::try_from(duration.as_millis()).map_err(StoreError::unusable)
 }
 
 /// The statement waited for a lock for too long, or for too many of them.

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_core::limits::SNAPSHOTS_KEPT;
+use sqlx::error::DatabaseError;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
     SqliteSynchronous,
@@ -549,7 +550,7 @@ impl Store for Sqlite {
         {
             return Ok(Vec::new());
         }
-        let numbers = serde_json::to_string(slots).map_err(unusable)?;
+        let numbers = serde_json::to_string(slots).map_err(StoreError::unusable)?;
         let mut write = self.write().await?;
         sqlx::query("update control set revision = revision + 1")
             .execute(&mut *write)
@@ -592,7 +593,7 @@ impl Store for Sqlite {
         let Some(row) = row else {
             return Ok(Placement::default());
         };
-        let slots = serde_json::from_str(get(&row, 1)?).map_err(unusable)?;
+        let slots = serde_json::from_str(get(&row, 1)?).map_err(StoreError::unusable)?;
         Ok(Placement {
             version: get(&row, 0)?,
             slots,
@@ -621,7 +622,7 @@ impl Store for Sqlite {
         sqlx::query(
             "update control set placement = ?1, placement_version = placement_version + 1 where placement is not ?1",
         )
-        .bind(serde_json::to_string(slots).map_err(unusable)?)
+        .bind(serde_json::to_string(slots).map_err(StoreError::unusable)?)
         .execute(&mut *write)
         .await
         .map_err(failed)?;
@@ -672,7 +673,7 @@ impl Store for Sqlite {
     }
 
     async fn map_changed(&self) {
-        std::future::pending().await // there is no other session
+        std::future::pending::<()>().await; // there is no other session
     }
 }
 
@@ -769,22 +770,18 @@ fn get<'row, T>(row: &'row SqliteRow, column: usize) -> Result<T, StoreError>
 where
     T: sqlx::Decode<'row, Database> + sqlx::Type<Database>,
 {
-    row.try_get(column).map_err(unusable)
+    row.try_get(column).map_err(StoreError::unusable)
 }
 
 fn document_id(text: String) -> Result<DocumentId, StoreError> {
-    DocumentId::try_from(text).map_err(unusable)
-}
-
-fn unusable(reason: impl ToString) -> StoreError {
-    StoreError::Unusable(reason.to_string())
+    DocumentId::try_from(text).map_err(StoreError::unusable)
 }
 
 fn failed(error: sqlx::Error) -> StoreError {
     // Primary result codes: 1 error in the statement, 11 corrupt, 19 constraint, 26 not a database.
     let code = error
         .as_database_error()
-        .and_then(|error| error.code())
+        .and_then(DatabaseError::code)
         .and_then(|code| code.parse::<i32>().ok());
     match code.map(|code| code & 0xff) {
         Some(1 | 11 | 19 | 26) => StoreError::Unusable(error.to_string()),
