@@ -154,15 +154,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tasks.spawn(endless(handoff.clone().balance()));
     tasks.spawn(endless(handoff.clone().finish_drains()));
     tasks.spawn(endless(sample_load(app.clone())));
-    tasks.spawn(serve(listener, public(&app, internal.is_none())));
-    if let Some(internal) = internal {
-        tasks.spawn(serve(
-            internal,
-            admin::health()
-                .merge(admin::control(&app))
-                .with_state(app.clone()),
-        ));
-    }
+    tasks.spawn(serve(listener, public(&app, with_health)));
     say_hello(&config);
     let stop = tokio::select! {
         ended = tasks.join_next() => match ended {

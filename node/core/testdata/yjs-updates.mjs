@@ -56,7 +56,7 @@ const session = (seed, edits) => {
       () => { const child = map.get('nested'); if (child instanceof Y.Map) child.set(pick(['a', 'b']), nested()) },
       () => array.insert(at(array), [new Y.Doc({ guid: `sub-${below(100)}`, autoLoad: next() < 0.5 })]),
       () => { const p = new Y.XmlElement('p'); p.setAttribute('id', word()); p.insert(0, [new Y.XmlText(word())]); xml.insert(at(xml), [p]) },
-      () => { const p = xml.length && xml.get(below(xml.length)); if (p instanceof Y.XmlElement) p.setAttribute(pick(['id', 'class']), word()) },
+      () => { const p = xml.length && xml.get(below(xml.length)); if (p instanceof Y.XmlElement) p.setAttribute('id', word()) },
       () => doc.transact(() => { text.insert(0, word()); map.set('a', value()); text.delete(0, 1) })
     ])()
   }

@@ -6,9 +6,13 @@ use collab_core::scan::{Novelty, ScanError, scan_state_vector, scan_update};
 use serde::Deserialize;
 use serde_json::Value;
 use yrs::block::ClientID;
-use yrs::types::ToJson;
+use yrs::types::{Attrs, ToJson};
 use yrs::updates::decoder::Decode;
-use yrs::{Doc, GetString, ReadTxn, StateVector, Transact, Update, WriteTxn};
+use yrs::{
+    Any, Array, ArrayPrelim, Doc, GetString, Map, MapPrelim, OffsetKind, Options, ReadTxn,
+    StateVector, Text, TextPrelim, Transact, TransactionMut, Update, WriteTxn, Xml,
+    XmlElementPrelim, XmlFragment, XmlTextPrelim, any,
+};
 
 /// A server's log of what three Yjs clients typed, and what Yjs made of it.
 #[derive(Deserialize)]
@@ -25,13 +29,13 @@ struct Session {
 #[test]
 fn what_yjs_writes_is_admitted_and_read_as_yjs_reads_it() {
     for session in sessions() {
-        let doc = Doc::new();
+        let doc = fresh();
         for update in &session.log {
             admit(&doc, &bytes(update));
         }
         assert_content(&doc, &session);
 
-        let doc = Doc::new();
+        let doc = fresh();
         admit(&doc, &bytes(&session.state));
         assert_content(&doc, &session);
     }
@@ -40,7 +44,7 @@ fn what_yjs_writes_is_admitted_and_read_as_yjs_reads_it() {
 #[test]
 fn what_yrs_writes_is_admitted() {
     for session in sessions() {
-        let doc = Doc::new();
+        let doc = fresh();
         let mut since = StateVector::default();
         for (number, update) in session.log.iter().enumerate() {
             admit(&doc, &bytes(update));
@@ -50,7 +54,7 @@ fn what_yrs_writes_is_admitted() {
                     txn.encode_diff_v1(&StateVector::default()),
                     txn.state_vector(),
                 );
-                let copy = Doc::new();
+                let copy = fresh();
                 admit(&copy, &whole);
                 let since_then = txn.encode_diff_v1(&since);
                 assert_eq!(
@@ -63,10 +67,82 @@ fn what_yrs_writes_is_admitted() {
     }
 }
 
+/// The server edits too, through `yrs`: every kind of content it can write.
+#[test]
+fn what_yrs_types_is_admitted() {
+    let doc = fresh();
+    let copy = fresh();
+    let (text, array) = (
+        doc.get_or_insert_text("text"),
+        doc.get_or_insert_array("array"),
+    );
+    let (map, xml) = (
+        doc.get_or_insert_map("map"),
+        doc.get_or_insert_xml_fragment("xml"),
+    );
+    let bold = || Attrs::from([("bold".into(), Any::Bool(true))]);
+    let edits: [&dyn Fn(&mut TransactionMut<'_>); 12] = [
+        &|txn| text.insert(txn, 0, "aä日😀 text"),
+        &|txn| text.insert_with_attributes(txn, 2, "bold", bold()),
+        &|txn| text.format(txn, 1, 5, bold()),
+        &|txn| {
+            text.insert_embed(txn, 3, any!({ "image": [1, 2.5, null, "x"] }));
+        },
+        &|txn| text.remove_range(txn, 2, 3),
+        &|txn| {
+            let nested = array.push_back(txn, MapPrelim::default());
+            nested.insert(txn, "deeper", ArrayPrelim::from([1, 2, 3]));
+            array.insert_range(
+                txn,
+                0,
+                [
+                    Any::Null,
+                    Any::Undefined,
+                    Any::from(1.5),
+                    Any::from(1_i64 << 60),
+                ],
+            );
+        },
+        &|txn| {
+            map.insert(txn, "bytes", vec![0_u8, 255]);
+            map.insert(txn, "text", TextPrelim::new("nested"));
+            map.insert(txn, "any", any!({ "a": [true, { "b": (-1) }] }));
+        },
+        &|txn| {
+            map.remove(txn, "text");
+        },
+        &|txn| {
+            array.push_back(txn, Doc::new());
+        },
+        &|txn| {
+            let paragraph = xml.push_back(txn, XmlElementPrelim::empty("p"));
+            paragraph.insert_attribute(txn, "id", "1");
+            paragraph.push_back(txn, XmlTextPrelim::new("in XML"));
+        },
+        &|txn| array.remove_range(txn, 0, 2),
+        &|txn| xml.remove_range(txn, 0, 1),
+    ];
+    for edit in edits {
+        let mut txn = doc.transact_mut();
+        edit(&mut txn);
+        let update = txn.encode_update_v1();
+        drop(txn);
+        admit(&copy, &update);
+    }
+    assert_eq!(
+        doc.transact().state_vector(),
+        copy.transact().state_vector()
+    );
+    assert_eq!(
+        text.get_string(&doc.transact()),
+        copy.get_or_insert_text("text").get_string(&copy.transact())
+    );
+}
+
 #[test]
 fn the_same_again_is_nothing_new() {
     for session in sessions() {
-        let doc = Doc::new();
+        let doc = fresh();
         admit(&doc, &bytes(&session.state));
         let vector = doc.transact().state_vector();
         for update in &session.log {
@@ -96,7 +172,7 @@ fn an_update_that_lacks_its_predecessor_is_a_gap() {
     let mut gaps = 0;
     for session in sessions() {
         for lost in 0..session.log.len() {
-            let doc = Doc::new();
+            let doc = fresh();
             for update in &session.log[..lost] {
                 admit(&doc, &bytes(update));
             }
@@ -143,7 +219,7 @@ fn the_admissible_part_is_admitted() {
     let (mut gaps, mut skips) = (0, 0);
     for session in sessions() {
         // A client that lacks some updates, so that it has others pending, and sends its all.
-        let pending = Doc::new();
+        let pending = fresh();
         for update in session
             .log
             .iter()
@@ -155,7 +231,7 @@ fn the_admissible_part_is_admitted() {
             let _ = txn.apply_update(Update::decode_v1(&bytes(update)).unwrap());
         }
         let all = yjs_step_2(&pending);
-        let doc = Doc::new();
+        let doc = fresh();
         let scan = scan_update(&all).unwrap();
         gaps += usize::from(scan.missing(clocks(&StateVector::default())).is_some());
         skips += scan.summary().skips;
@@ -173,6 +249,14 @@ fn the_admissible_part_is_admitted() {
 fn yjs_step_2(doc: &Doc) -> Vec<u8> {
     doc.transact()
         .encode_state_as_update_v1(&StateVector::default())
+}
+
+/// A document that counts text as Yjs does.
+fn fresh() -> Doc {
+    Doc::with_options(Options {
+        offset_kind: OffsetKind::Utf16,
+        ..Options::default()
+    })
 }
 
 fn sessions() -> Vec<Session> {
