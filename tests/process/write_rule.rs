@@ -77,7 +77,7 @@ async fn race(statement: String) -> Outcome {
         weight: 100,
     };
     store
-        .register(&new, 256, Duration::from_secs(600))
+        .register(&new, 256, Duration::from_mins(10))
         .await
         .unwrap();
     // The old owner is no member any more, but its process does not know.
@@ -110,7 +110,7 @@ async fn race(statement: String) -> Outcome {
                 started.clone(),
             );
             appenders.push(tokio::spawn(async move {
-                append_until_fenced(&pool, &statement, slot, old, &document, &over, &started).await
+                append_until_fenced(&pool, &statement, slot, old, &document, &over, &started).await;
             }));
         }
         started.wait().await;

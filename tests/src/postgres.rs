@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::process::{Folder, command, free_port, signal, spawn, until};
 
 /// How long the server may take to answer or to end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A running server with an empty database `collab`, owned by a role `collab` without other rights.
 #[derive(Debug)]

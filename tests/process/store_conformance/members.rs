@@ -1,0 +1,432 @@
+//! Members, slots, the map and the planner's wishes.
+
+use super::*;
+
+on_both! {
+    an_older_term_changes_nothing
+    the_number_of_slots_cannot_change
+    a_superseded_process_is_no_member
+    the_map_tells_what_changed
+}
+
+async fn an_older_term_changes_nothing(bench: Bench) {
+    let node = bench.owner().await;
+    let first = bench.store.take_term("first").await.unwrap();
+    let second = bench.store.take_term("second").await.unwrap();
+    assert_eq!((first, second), (Term(1), Term(2)));
+    let plan = vec![NodeId::from("node-0"); usize::from(SLOTS)];
+    let before = bench.store.placement().await.unwrap();
+    assert_eq!(
+        bench.store.set_placement(first, &plan).await.unwrap(),
+        Err(second)
+    );
+    assert_eq!(
+        bench
+            .store
+            .set_drain(first, &node.name, true)
+            .await
+            .unwrap(),
+        Err(second)
+    );
+    assert_eq!(bench.store.placement().await.unwrap(), before);
+    assert!(before.slots.is_empty());
+
+    assert_eq!(
+        bench.store.set_placement(second, &plan).await.unwrap(),
+        Ok(())
+    );
+    let after = bench.store.placement().await.unwrap();
+    assert_eq!(after.slots, plan);
+    assert_ne!(after.version, before.version);
+    assert_eq!(
+        bench.store.set_placement(second, &plan).await.unwrap(),
+        Ok(())
+    );
+    let renewed = bench.renewed(&node).await;
+    assert_eq!(
+        renewed.placement_version, after.version,
+        "the same placement again is no change"
+    );
+
+    for (drain, state) in [(true, MemberState::Draining), (false, MemberState::Active)] {
+        assert_eq!(
+            bench
+                .store
+                .set_drain(second, &node.name, drain)
+                .await
+                .unwrap(),
+            Ok(())
+        );
+        assert_eq!(bench.state(&node).await, state);
+    }
+    bench
+        .store
+        .set_state(node.incarnation, MemberState::Drained)
+        .await
+        .unwrap();
+    assert_eq!(
+        bench
+            .store
+            .set_drain(second, &node.name, true)
+            .await
+            .unwrap(),
+        Ok(())
+    );
+    assert_eq!(bench.state(&node).await, MemberState::Drained);
+    assert_eq!(bench.store.summary().await.unwrap().term, second);
+}
+
+async fn the_number_of_slots_cannot_change(bench: Bench) {
+    bench.owner().await;
+    let refused = bench
+        .store
+        .register(&registration("other"), 512, LEASE)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&refused, StoreError::Unusable(reason) if reason.contains("256")),
+        "{refused}"
+    );
+    assert_eq!(bench.map(0).await.slots.len(), usize::from(SLOTS));
+}
+
+async fn a_superseded_process_is_no_member(bench: Bench) {
+    let old = bench.owner().await;
+    let load = LoadSample {
+        connections: 7,
+        documents: 3,
+        resident_bytes: 1 << 40,
+    };
+    let renewed = bench
+        .store
+        .renew(old.incarnation, LEASE, load)
+        .await
+        .unwrap()
+        .unwrap();
+    let [member] = renewed.members.as_slice() else {
+        panic!("{renewed:?}")
+    };
+    assert_eq!(
+        (member.incarnation, member.load, member.state),
+        (old.incarnation, Some(load), MemberState::Active)
+    );
+    assert!(
+        member.lease_left > LEASE / 2 && member.lease_left <= LEASE,
+        "{:?}",
+        member.lease_left
+    );
+
+    let new = bench.succeed(&old, &[]).await;
+    assert!(
+        bench
+            .store
+            .renew(old.incarnation, LEASE, load)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    let claimed = bench.claim(&old, &[Slot(1)]).await;
+    assert!(claimed.is_empty(), "who is no member claims nothing");
+    let renewed = bench
+        .store
+        .renew(new.incarnation, LEASE, load)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        renewed
+            .members
+            .iter()
+            .map(|member| member.incarnation)
+            .collect::<Vec<_>>(),
+        [new.incarnation]
+    );
+    bench.store.leave(new.incarnation).await.unwrap();
+    assert!(
+        bench
+            .store
+            .renew(new.incarnation, LEASE, load)
+            .await
+            .unwrap()
+            .is_none()
+    );
+}
+
+async fn the_map_tells_what_changed(bench: Bench) {
+    let old = bench.node("node-0").await;
+    let all = bench.map(0).await;
+    assert_eq!(all.slots.len(), usize::from(SLOTS));
+    assert!(
+        all.slots
+            .iter()
+            .all(|row| row.owner.is_none() && row.epoch == Epoch(0))
+    );
+
+    let slots = [Slot(5), Slot(3)];
+    let taken = bench.claim(&old, &slots).await;
+    assert_eq!(taken, [(Slot(3), Epoch(1)), (Slot(5), Epoch(1))]);
+    assert!(bench.claim(&old, &slots).await.is_empty());
+    let change = bench.map(all.horizon).await;
+    assert_eq!(
+        change
+            .slots
+            .iter()
+            .map(|row| (row.slot, row.owner))
+            .collect::<Vec<_>>(),
+        [
+            (Slot(3), Some(old.incarnation)),
+            (Slot(5), Some(old.incarnation))
+        ]
+    );
+    // A change may be told again while any transaction is open that is older than it, but not for ever.
+    let started = Instant::now();
+    let mut horizon = change.horizon;
+    loop {
+        let again = bench.map(horizon).await;
+        horizon = again.horizon;
+        if again.slots.is_empty() {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(10), "{again:?}");
+    }
+    assert_eq!(
+        bench.store.summary().await.unwrap().adoptions,
+        0,
+        "they had no owner to lose"
+    );
+    let new = bench.succeed(&old, &[3]).await;
+    let change = bench.map(horizon).await;
+    assert_eq!(
+        (change.slots[0].slot, change.slots[0].owner),
+        (Slot(3), Some(new.incarnation))
+    );
+    let summary = bench.store.summary().await.unwrap();
+    assert_eq!(summary.adoptions, 1);
+    assert!(summary.revision > 0 && !summary.store.version.is_empty());
+}
+
+#[tokio::test]
+async fn three_nodes_start_at_once_on_an_empty_database() {
+    let server = Server::shared().await;
+    let url = server.database().await;
+    let start = |name: &'static str| {
+        let url = url.clone();
+        tokio::spawn(async move {
+            let store = Postgres::connect(&url).await.unwrap();
+            let member = registration(name);
+            store.register(&member, SLOTS, LEASE).await.unwrap();
+            let slots: Vec<_> = (0..SLOTS).map(Slot).collect();
+            let taken = store
+                .claim(member.incarnation, &slots, Claim::Orphaned)
+                .await
+                .unwrap();
+            (store, member.incarnation, taken)
+        })
+    };
+    let started = [start("node-0"), start("node-1"), start("node-2")];
+    let mut owners = HashMap::new();
+    let mut stores = Vec::new();
+    for started in started {
+        let (store, incarnation, taken) = started.await.unwrap();
+        for (slot, epoch) in taken {
+            assert_eq!(epoch, Epoch(1));
+            assert_eq!(
+                owners.insert(slot, incarnation),
+                None,
+                "{slot} was claimed twice"
+            );
+        }
+        stores.push((store, incarnation));
+    }
+    assert_eq!(owners.len(), usize::from(SLOTS));
+    let renewed = stores[0]
+        .0
+        .renew(stores[0].1, LEASE, LoadSample::default())
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        renewed
+            .members
+            .iter()
+            .map(|member| member.node.0.as_str())
+            .collect::<Vec<_>>(),
+        ["node-0", "node-1", "node-2"]
+    );
+    assert_eq!(renewed.timeline, "00000001");
+}
+
+#[tokio::test]
+async fn slots_go_to_an_active_member_and_to_nobody_else() {
+    let bench = Bench::postgres().await;
+    let (a, b) = (bench.owner().await, bench.node("node-1").await);
+    let rights = [1, 2, 3].map(|slot| a.right(slot));
+
+    bench.set_state(&b, MemberState::Draining).await;
+    assert_eq!(
+        bench.hand_off(&rights, b.incarnation).await,
+        [],
+        "it drains"
+    );
+    bench.set_state(&b, MemberState::Active).await;
+    assert_eq!(
+        bench.hand_off(&rights, Uuid::new_v4()).await,
+        [],
+        "it is no member"
+    );
+    let stale = Ownership {
+        epoch: Epoch(0),
+        ..a.right(9)
+    };
+    let moved = bench
+        .hand_off(&[rights[2], rights[0], stale], b.incarnation)
+        .await;
+    assert_eq!(moved, [(Slot(1), Epoch(2)), (Slot(3), Epoch(2))]);
+
+    let right = Ownership {
+        epoch: Epoch(2),
+        incarnation: b.incarnation,
+        ..rights[0]
+    };
+    assert_eq!(
+        bench.create(&document("a"), rights[0]).await,
+        Created::Fenced
+    );
+    assert_eq!(
+        bench.create(&document("a"), right).await,
+        Created::Created {
+            room_epoch: RoomEpoch(1)
+        }
+    );
+}
+
+#[tokio::test]
+async fn an_ended_lease_gives_slots_away_until_it_is_renewed() {
+    let bench = Bench::postgres().await;
+    let (a, b) = (bench.owner().await, bench.node("node-1").await);
+    let rights = [1, 2, 3].map(|slot| a.right(slot));
+    bench.hand_off(&rights[..2], b.incarnation).await;
+    assert_eq!(
+        bench.claim(&a, &[Slot(1)]).await,
+        [],
+        "its lease has not ended"
+    );
+
+    let short = Duration::from_millis(50);
+    bench
+        .store
+        .renew(b.incarnation, short, LoadSample::default())
+        .await
+        .unwrap();
+    tokio::time::sleep(short + Duration::from_millis(10)).await;
+    assert_eq!(
+        bench.hand_off(&rights[2..], b.incarnation).await,
+        [],
+        "it gets no more"
+    );
+    assert_eq!(bench.claim(&b, &[Slot(3)]).await, [], "it takes no more");
+    assert_eq!(bench.claim(&a, &[Slot(1)]).await, [(Slot(1), Epoch(3))]);
+    bench.renewed(&b).await;
+    assert_eq!(
+        bench.claim(&a, &[Slot(2)]).await,
+        [],
+        "what nobody took is its own again"
+    );
+    assert_eq!(bench.store.summary().await.unwrap().adoptions, 1);
+}
+
+/// The judgement "its owner is lost" must not be made again, wrongly, for the owner that comes while
+/// the claim waits for the row.
+#[tokio::test]
+async fn a_slot_that_was_taken_while_a_claim_waited_stays_taken() {
+    let bench = Bench::postgres().await;
+    let (lost, first, second) = (
+        bench.owner().await,
+        bench.node("node-1").await,
+        bench.node("node-2").await,
+    );
+    bench.store.leave(lost.incarnation).await.unwrap();
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    let mut taking = pool.begin().await.unwrap();
+    sqlx::query("update slot set owner = $1, epoch = epoch + 1 where slot = 7")
+        .bind(first.incarnation)
+        .execute(&mut *taking)
+        .await
+        .unwrap();
+    let slots = [Slot(7)];
+    let claim = bench
+        .store
+        .claim(second.incarnation, &slots, Claim::Orphaned);
+    let commit = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        taking.commit().await.unwrap();
+    };
+    let (taken, ()) = tokio::join!(claim, commit);
+    assert_eq!(taken.unwrap(), []);
+}
+
+/// Transaction ids do not commit in their order.
+#[tokio::test]
+async fn the_map_misses_nothing_that_commits_late() {
+    let bench = Bench::postgres().await;
+    let node = bench.node("node-0").await;
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    let mut early = pool.begin().await.unwrap();
+    sqlx::query(
+        "update slot set epoch = 1, revision = pg_current_xact_id()::text::bigint where slot = 1",
+    )
+    .execute(&mut *early)
+    .await
+    .unwrap();
+    bench.claim(&node, &[Slot(2)]).await;
+    let seen = bench.map(1).await;
+    assert_eq!(
+        seen.slots.iter().map(|row| row.slot).collect::<Vec<_>>(),
+        [Slot(2)]
+    );
+    early.commit().await.unwrap();
+    let seen = bench.map(seen.horizon).await;
+    assert!(
+        seen.slots
+            .iter()
+            .any(|row| row.slot == Slot(1) && row.epoch == Epoch(1)),
+        "{seen:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_change_of_the_map_wakes_the_others_and_nothing_else_does() {
+    let bench = Bench::postgres().await;
+    let node = bench.owner().await;
+    let other = Postgres::connect(&bench.url).await.unwrap();
+    let doc = document("a");
+    node.create(&doc, 1).await;
+    let wait = |time| tokio::time::timeout(time, other.map_changed());
+    // Once it listens, a change arrives; what came before it listened is not told.
+    let listens = async {
+        while wait(Duration::from_millis(50)).await.is_err() {
+            let right = bench.right_now(3).await;
+            bench.hand_off(&[right], node.incarnation).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), listens)
+        .await
+        .expect("a handoff is told");
+    while wait(Duration::from_millis(200)).await.is_ok() {}
+    for seq in 1..=20 {
+        bench.append(&[node.update(&doc, 1, seq, "x")]).await;
+        bench
+            .store
+            .renew(node.incarnation, LEASE, LoadSample::default())
+            .await
+            .unwrap();
+    }
+    assert!(
+        wait(Duration::from_millis(300)).await.is_err(),
+        "appends and renewals are not told"
+    );
+}

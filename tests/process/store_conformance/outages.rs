@@ -1,0 +1,184 @@
+//! Frozen processes, killed servers, failovers.
+
+use super::*;
+
+#[tokio::test]
+async fn a_claim_ends_the_sessions_that_hold_it_up() {
+    let bench = Bench::postgres().await;
+    let (old, new) = (bench.owner().await, bench.node("node-1").await);
+    // A statement of the old owner that never ends: its process is frozen.
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    let mut frozen = pool.begin().await.unwrap();
+    for statement in [
+        format!("set application_name = '{}'", old.incarnation),
+        "select from slot where slot = 7 for share".to_owned(),
+    ] {
+        sqlx::query(AssertSqlSafe(statement))
+            .execute(&mut *frozen)
+            .await
+            .unwrap();
+    }
+    // While its owner lives, the slot is not taken, and nothing waits.
+    assert!(bench.claim(&new, &[Slot(7)]).await.is_empty());
+    bench.store.leave(old.incarnation).await.unwrap();
+    let started = Instant::now();
+    let taken = bench.claim(&new, &[Slot(7)]).await;
+    let waited = started.elapsed();
+    println!("a claim behind a frozen statement took {waited:?}");
+    assert_eq!(taken, [(Slot(7), Epoch(2))]);
+    assert!(
+        waited > Duration::from_millis(250) && waited < Duration::from_secs(2),
+        "{waited:?}"
+    );
+    assert!(frozen.commit().await.is_err(), "its session was ended");
+}
+
+/// The promise itself, at its smallest: what was answered is there after kill -9.
+#[tokio::test]
+async fn a_killed_database_is_an_outage_and_loses_nothing() {
+    let mut server = Server::start().await;
+    let bench = Bench::postgres_at(server.url()).await;
+    let node = bench.owner().await;
+    let doc = document("a");
+    node.write(&doc, 1, 1..=5).await;
+    server.kill().unwrap();
+
+    let started = Instant::now();
+    for _ in 0..3 {
+        let failed = bench
+            .store
+            .append(&[node.update(&doc, 1, 6, "6")])
+            .await
+            .unwrap_err();
+        assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
+        let failed = bench
+            .store
+            .renew(node.incarnation, LEASE, LoadSample::default())
+            .await
+            .unwrap_err();
+        assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
+        assert!(matches!(
+            bench.store.load(&doc).await.unwrap_err(),
+            LoadError::Store(StoreError::Unavailable(_))
+        ));
+    }
+    println!("nine calls without a database took {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(20));
+
+    server.restart().await.unwrap();
+    let started = Instant::now();
+    until_answered(|| async { bench.store.append(&[node.update(&doc, 1, 6, "6")]).await }).await;
+    println!(
+        "the first append after the restart was answered after {:?}",
+        started.elapsed()
+    );
+    assert_eq!(
+        bench.content(&doc).await,
+        content(None, &["1", "2", "3", "4", "5", "6"], 6)
+    );
+}
+
+#[tokio::test]
+async fn a_failover_of_the_database_is_seen() {
+    let mut server = Server::start().await;
+    let bench = Bench::postgres_at(server.url()).await;
+    let node = bench.owner().await;
+    let doc = document("a");
+    node.write(&doc, 1, 1..=2).await;
+    let renew = || {
+        bench
+            .store
+            .renew(node.incarnation, LEASE, LoadSample::default())
+    };
+    assert_eq!(renew().await.unwrap().unwrap().timeline, "00000001");
+    let seen = bench.map(0).await;
+
+    server.restart_as_standby().await.unwrap();
+    for _ in 0..2 {
+        let failed = bench
+            .store
+            .append(&[node.update(&doc, 1, 3, "3")])
+            .await
+            .unwrap_err();
+        assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
+        assert!(
+            matches!(bench.store.load(&doc).await, Err(LoadError::Store(_))),
+            "nothing is read from it"
+        );
+    }
+    server.promote().await.unwrap();
+    let renewed = until_answered(renew).await.unwrap();
+    assert_eq!(renewed.timeline, "00000002");
+    let map = bench.map(seen.horizon).await;
+    assert_eq!(
+        map.slots.len(),
+        usize::from(SLOTS),
+        "transaction ids may have gone back: all is told"
+    );
+    assert_ne!(bench.map(map.horizon).await.slots.len(), usize::from(SLOTS));
+    until_answered(|| async { bench.store.append(&[node.update(&doc, 1, 3, "3")]).await }).await;
+    assert_eq!(
+        bench.content(&doc).await,
+        content(None, &["1", "2", "3"], 3)
+    );
+}
+
+/// A cancelled commit would be answered with success before the standby has it.
+#[tokio::test]
+async fn a_statement_that_writes_is_not_cancelled_by_a_timeout_of_the_role() {
+    let server = Server::shared().await;
+    let url = server.database().await;
+    let bench = Bench::postgres_at(url).await;
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    bench.execute("do $$ begin execute 'alter database ' || current_database() || ' set statement_timeout = 50'; end $$").await;
+    let node = bench.owner().await; // registers, and so opens new sessions
+    let doc = document("a");
+    node.create(&doc, 1).await;
+    let mut holder = pool.begin().await.unwrap();
+    sqlx::query("select from slot where slot = 1 for update")
+        .execute(&mut *holder)
+        .await
+        .unwrap();
+    let batch = [Append {
+        author: "a\0b".to_owned(),
+        ..node.update(&doc, 1, 1, "1")
+    }];
+    let append = bench.store.append(&batch);
+    let release = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        holder.rollback().await.unwrap();
+    };
+    let (appended, ()) = tokio::join!(append, release);
+    assert_eq!(appended.unwrap().inserted, [(doc, Seq(1))]);
+}
+
+#[tokio::test]
+async fn a_folder_is_used_by_one_process_and_remembers() {
+    let folder = Folder::new("sqlite", "root");
+    let doc = document("a");
+    {
+        let bench = Bench::sqlite_in(folder.path()).await;
+        bench.owner().await.write(&doc, 1, 1..=3).await;
+        let refused = Sqlite::open(folder.path()).await.unwrap_err();
+        assert!(
+            refused
+                .to_string()
+                .contains(&folder.path().display().to_string()),
+            "{refused}"
+        );
+    }
+    let bench = Bench::sqlite_in(folder.path()).await;
+    assert_eq!(
+        bench.owner().await.epoch(1),
+        Epoch(2),
+        "each run has its own epochs"
+    );
+    assert_eq!(
+        bench.content(&doc).await,
+        content(None, &["1", "2", "3"], 3)
+    );
+}
