@@ -265,7 +265,15 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
         let read = rest.read_struct(id, &mut Pass::Walk).map_err(|_| gap)?;
         let is_new = read.end > known;
         if is_new {
-            if matches!(read.place, Place::Skipped) {
+            let follows = match read.place {
+                Place::Skipped => false,
+                // What the document has of it may be elsewhere: `yrs` would put the rest into this
+                // parent, behind a neighbour in another, and read memory that is not there. A client
+                // that is asked for what is missing sends the rest beside its neighbour.
+                Place::Root | Place::Inside(_) => id.clock >= known,
+                Place::Beside(..) | Place::Collected => true,
+            };
+            if !follows {
                 return Err(gap);
             }
             for Id { client, clock } in read.place.refers_to().filter(|to| to.client != id.client) {
@@ -420,6 +428,25 @@ mod tests {
         );
         assert_eq!(missing(&skip, &[(1, 3)]), None);
         assert_eq!(scan_update(&skip).unwrap().summary().skips, 1);
+    }
+
+    /// The first letters of a text came before, and maybe they are not in this text.
+    #[test]
+    fn what_names_its_parent_is_all_new() {
+        let abc = update(&[(1, 0, vec![vec![4, 1, 1, b't', 3, b'a', b'b', b'c']])]);
+        assert_eq!(missing(&abc, &[]), None);
+        assert_eq!(missing(&abc, &[(1, 3)]), None);
+        assert_eq!(
+            missing(&abc, &[(1, 2)]),
+            Some(Gap {
+                client: 1,
+                clock: 2
+            })
+        );
+        let c_behind_b = update(&[(1, 2, vec![after(1, 1)])]);
+        assert_eq!(missing(&c_behind_b, &[(1, 2)]), None);
+        let bc_behind_a = update(&[(1, 1, vec![vec![0x84, 1, 0, 2, b'b', b'c']])]);
+        assert_eq!(missing(&bc_behind_a, &[(1, 2)]), None);
     }
 
     #[test]

@@ -243,6 +243,9 @@ impl<'a> Source<'a> {
             } else {
                 Some(self.id()?)
             };
+            if origin == right_origin {
+                return Err(self.malformed("an item on both sides of another"));
+            }
             return Ok(Place::Beside(origin, right_origin));
         }
         let place = match self.read(Reader::var_uint)? {
