@@ -83,7 +83,7 @@ impl Bench {
     }
 
     async fn postgres_at(url: String) -> Self {
-        let store = Arc::new(Postgres::connect(&url).await.unwrap());
+        let store = Arc::new(until_answered(|| Postgres::connect(&url)).await);
         let raw = Raw::Postgres(PgPool::connect_lazy(&url).unwrap());
         Self {
             store,

@@ -39,12 +39,14 @@ use super::{
     StoredSnapshot, Summary, WrittenRow,
 };
 
-/// How long a call waits for a session: an outage is to be seen well within a lease.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a call waits for a session.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After this time a call that writes or reads a document is given up.
 const DATA_TIMEOUT: Duration = Duration::from_secs(10);
 /// After this time a call about members and slots is given up.
-const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
+/// A call that somebody stopped waiting for after this time was waiting for a server that is not there.
+const SILENT_AFTER: Duration = Duration::from_secs(1);
 /// After this time a session that nobody uses is closed.
 const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 /// Between two attempts to listen for changes of the map.
@@ -173,9 +175,7 @@ impl Postgres {
         limit: Duration,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<Vec<PgRow>, StoreError> {
-        let mut session = Session::acquire(pool)
-            .await
-            .map_err(|error| self.failed(error))?;
+        let mut session = self.session(pool).await?;
         let rows = within(limit, query.fetch_all(session.connection()))
             .await
             .map_err(|error| self.failed(error))?;
@@ -209,6 +209,16 @@ impl Postgres {
         })
     }
 
+    async fn session(&self, pool: &PgPool) -> Result<Session<'_>, StoreError> {
+        let connection = pool.acquire().await.map_err(|error| self.failed(error))?;
+        Ok(Session {
+            connection,
+            sessions: &self.sessions,
+            since: Instant::now(),
+            ended: false,
+        })
+    }
+
     fn failed(&self, error: sqlx::Error) -> StoreError {
         let class = error
             .as_database_error()
@@ -227,11 +237,7 @@ impl Postgres {
             }
             _ => {
                 // The server has gone, or is another one now; the other sessions would find out one by one.
-                *self
-                    .sessions
-                    .trusted_since
-                    .lock()
-                    .expect("no holder panics") = Instant::now();
+                self.sessions.distrust();
                 StoreError::Unavailable(error)
             }
         }
@@ -316,6 +322,11 @@ impl Sessions {
             })
     }
 
+    /// Lets the sessions there are be replaced before they are used again.
+    fn distrust(&self) {
+        *self.trusted_since.lock().expect("no holder panics") = Instant::now();
+    }
+
     /// Makes a new session one that may write, and refuses a server where it cannot be.
     async fn prepare(
         &self,
@@ -365,19 +376,14 @@ impl Sessions {
 }
 
 /// A session of a pool that goes back there only once its statement was seen to end.
-struct Session {
+struct Session<'store> {
     connection: PoolConnection<sqlx::Postgres>,
+    sessions: &'store Sessions,
+    since: Instant,
     ended: bool,
 }
 
-impl Session {
-    async fn acquire(pool: &PgPool) -> Result<Self, sqlx::Error> {
-        Ok(Self {
-            connection: pool.acquire().await?,
-            ended: false,
-        })
-    }
-
+impl Session<'_> {
     fn connection(&mut self) -> &mut PgConnection {
         &mut self.connection
     }
@@ -387,10 +393,13 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for Session<'_> {
     fn drop(&mut self) {
         if !self.ended {
             self.connection.close_on_drop();
+            if SILENT_AFTER < self.since.elapsed() {
+                self.sessions.distrust();
+            }
         }
     }
 }
@@ -480,9 +489,7 @@ impl Store for Postgres {
     }
 
     async fn load(&self, document: &DocumentId) -> Result<Loaded, LoadError> {
-        let mut session = Session::acquire(&self.reads)
-            .await
-            .map_err(|error| self.failed(error))?;
+        let mut session = self.session(&self.reads).await?;
         let loaded = within(DATA_TIMEOUT, async {
             Ok(load(session.connection(), document).await)
         })
@@ -659,11 +666,7 @@ impl Store for Postgres {
             let options = (*pool.connect_options()).clone();
             pool.set_connect_options(options.application_name(&member.incarnation.to_string()));
         }
-        *self
-            .sessions
-            .trusted_since
-            .lock()
-            .expect("no holder panics") = Instant::now();
+        self.sessions.distrust();
 
         // Statement by statement, since each of them may be done twice and by several nodes at once.
         let count = i32::from(slots);
@@ -1144,7 +1147,9 @@ where
 }
 
 fn slot(number: i32) -> Result<Slot, StoreError> {
-    u16::try_from(number).map(Slot).map_err(StoreError::unusable)
+    u16::try_from(number)
+        .map(Slot)
+        .map_err(StoreError::unusable)
 }
 
 fn document_id(text: String) -> Result<DocumentId, StoreError> {

@@ -212,7 +212,7 @@ async fn three_nodes_start_at_once_on_an_empty_database() {
     let start = |name: &'static str| {
         let url = url.clone();
         tokio::spawn(async move {
-            let store = Postgres::connect(&url).await.unwrap();
+            let store = until_answered(|| Postgres::connect(&url)).await;
             let member = registration(name);
             store.register(&member, SLOTS, LEASE).await.unwrap();
             let slots: Vec<_> = (0..SLOTS).map(Slot).collect();
@@ -429,4 +429,24 @@ async fn a_change_of_the_map_wakes_the_others_and_nothing_else_does() {
         wait(Duration::from_millis(300)).await.is_err(),
         "appends and renewals are not told"
     );
+}
+
+#[tokio::test]
+async fn sessions_are_called_like_the_process_they_serve() {
+    let bench = Bench::postgres().await;
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    let sessions = async |node: &Node| -> i64 {
+        bench.renewed(node).await;
+        sqlx::query_scalar("select count(*) from pg_stat_activity where application_name = $1")
+            .bind(node.incarnation.to_string())
+            .fetch_one(pool)
+            .await
+            .unwrap()
+    };
+    let old = bench.owner().await;
+    assert_ne!(sessions(&old).await, 0);
+    let new = bench.succeed(&old, &[]).await;
+    assert_ne!(sessions(&new).await, 0);
 }

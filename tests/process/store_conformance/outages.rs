@@ -29,7 +29,7 @@ async fn a_claim_ends_the_sessions_that_hold_it_up() {
     println!("a claim behind a frozen statement took {waited:?}");
     assert_eq!(taken, [(Slot(7), Epoch(2))]);
     assert!(
-        waited > Duration::from_millis(250) && waited < Duration::from_secs(2),
+        waited > Duration::from_millis(250) && waited < Duration::from_secs(5),
         "{waited:?}"
     );
     assert!(frozen.commit().await.is_err(), "its session was ended");
@@ -65,7 +65,9 @@ async fn a_killed_database_is_an_outage_and_loses_nothing() {
         ));
     }
     println!("nine calls without a database took {:?}", started.elapsed());
-    assert!(started.elapsed() < Duration::from_secs(20));
+    assert!(started.elapsed() < Duration::from_secs(40));
+    let failed = Postgres::connect(&server.url()).await.unwrap_err();
+    assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
 
     server.restart().await.unwrap();
     let started = Instant::now();
@@ -78,6 +80,46 @@ async fn a_killed_database_is_an_outage_and_loses_nothing() {
         bench.content(&doc).await,
         content(None, &["1", "2", "3", "4", "5", "6"], 6)
     );
+}
+
+#[tokio::test]
+async fn a_restart_of_the_database_costs_one_call_and_not_one_per_session() {
+    let mut server = Server::start().await;
+    let bench = Bench::postgres_at(server.url()).await;
+    let node = bench.owner().await;
+    let names = ["a", "b", "c"].map(document);
+    let everything = async |seq: i64| {
+        let append = async |slot: u16, document| {
+            bench
+                .store
+                .append(&[node.update(document, slot, seq, "x")])
+                .await
+        };
+        let load = bench.store.load(&names[0]);
+        let renew = bench
+            .store
+            .renew(node.incarnation, LEASE, LoadSample::default());
+        let (a, b, c) = (
+            append(1, &names[0]),
+            append(2, &names[1]),
+            append(3, &names[2]),
+        );
+        let (a, b, c, load, renew) = tokio::join!(a, b, c, load, renew);
+        a.is_ok() && b.is_ok() && c.is_ok() && load.is_ok() && renew.is_ok()
+    };
+    for (slot, document) in (1..).zip(&names) {
+        node.create(document, slot).await;
+    }
+    assert!(everything(1).await);
+    server.restart().await.unwrap();
+    assert!(
+        bench
+            .store
+            .append(&[node.update(&names[0], 1, 2, "x")])
+            .await
+            .is_err()
+    );
+    assert!(everything(2).await);
 }
 
 #[tokio::test]
