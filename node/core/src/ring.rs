@@ -363,25 +363,24 @@ mod tests {
 
     #[test]
     fn placement_is_even_and_moves_little() {
-        let slots = f64::from(SLOTS_DEFAULT);
         let mut smaller = ring_of(1);
         let mut placed = owners(&smaller, &plan_placement(&smaller, &[]));
-        for n in 2..=51 {
+        for n in (2..=12).chain([33, 34, 49, 50]) {
+            if smaller.nodes().len() + 1 < usize::from(n) {
+                smaller = ring_of(n - 1);
+                placed = owners(&smaller, &plan_placement(&smaller, &placed));
+            }
             let larger = ring_of(n);
-            let ideal = slots / f64::from(n);
+            let ideal = f64::from(SLOTS_DEFAULT) / f64::from(n);
 
             let fresh = owners(&larger, &plan_placement(&larger, &[]));
             let joined = owners(&larger, &plan_placement(&larger, &placed));
             let left = owners(&smaller, &plan_placement(&smaller, &fresh));
+            let (join, leave) = (moved(&placed, &joined), moved(&fresh, &left));
+            assert!(join <= 1.3 * ideal, "node {n} joins and {join} slots move");
             assert!(
-                moved(&placed, &joined) <= 1.3 * ideal,
-                "node {n} joins: {}",
-                moved(&placed, &joined)
-            );
-            assert!(
-                moved(&fresh, &left) <= 1.3 * ideal,
-                "node {n} leaves: {}",
-                moved(&fresh, &left)
+                leave <= 1.3 * ideal,
+                "node {n} leaves and {leave} slots move"
             );
 
             for (ring, owners) in [(&larger, &fresh), (&larger, &joined), (&smaller, &left)] {

@@ -12,7 +12,7 @@
 //! number of clients,  then each: client, number of ranges, then each: clock, length (the deletes)
 //! ```
 //!
-//! A section is one client's consecutive structs ([`structs`] has their layout). The scanner accepts
+//! A section is one client's consecutive structs (`structs.rs` has their layout). The scanner accepts
 //! less than Yjs reads and all that Yjs 13.6 and `yrs` write in causal order: known content in its
 //! shortest form, nothing empty, nothing twice, nothing behind the end. An update of one client, all
 //! but the first of a session, is scanned without allocation.

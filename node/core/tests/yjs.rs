@@ -245,6 +245,27 @@ fn the_admissible_part_is_admitted() {
     assert!(gaps > 6 && skips > 6, "{gaps} gaps, {skips} skips");
 }
 
+/// A step 2 from before: it starts with what came in the meantime.
+#[test]
+fn the_whole_completes_any_part() {
+    let mut overlaps = 0;
+    for session in sessions() {
+        let whole = bytes(&session.state);
+        let scan = scan_update(&whole).unwrap();
+        for part in (0..session.log.len()).step_by(3) {
+            let doc = fresh();
+            for update in &session.log[..part] {
+                admit(&doc, &bytes(update));
+            }
+            let vector = doc.transact().state_vector();
+            overlaps += usize::from(scan.missing(clocks(&vector)).is_some());
+            admit(&doc, &scan.admissible(clocks(&vector)));
+            assert_content(&doc, &session);
+        }
+    }
+    assert!(overlaps > 0, "{overlaps}");
+}
+
 /// The structs and deletes of a document, and those that it could not integrate.
 fn yjs_step_2(doc: &Doc) -> Vec<u8> {
     doc.transact()

@@ -62,9 +62,10 @@ impl Scan<'_> {
     ///
     /// A client that itself waits for something sends that with all it has, in its step 2. What can
     /// be taken is taken, or its own edits would wait with it. Nothing that the document has
-    /// already is in the result, except deletes.
+    /// already is in the result, except deletes. Needs no second scan: nothing is missing in it.
     pub fn admissible(&self, next_clock: impl Fn(u64) -> u32) -> Vec<u8> {
         let mut walk = Walk::new(self, next_clock);
+        walk.overlap = Overlap::IsCut;
         walk.run(|_, _| {});
         let mut update = Vec::new();
         let taken: Vec<_> = walk
@@ -74,10 +75,7 @@ impl Scan<'_> {
             .collect();
         write_var_uint(&mut update, taken.len() as u64);
         for section in taken {
-            write_var_uint(&mut update, section.taken);
-            write_var_uint(&mut update, section.client);
-            write_var_uint(&mut update, section.taken_from.into());
-            update.extend_from_slice(section.taken_structs.up_to(&section.rest));
+            section.write_taken(&mut update);
         }
         self.write_admissible_deletes(&walk, &mut update);
         update
@@ -145,14 +143,29 @@ struct Delete {
 pub(super) struct Walk<'a, F> {
     sections: SmallVec<[Cursor<'a>; 1]>,
     next_clock: F,
+    overlap: Overlap,
     /// The first need that cannot be met.
     gap: Option<Gap>,
+}
+
+/// What a struct is that names its parent while its first clocks are known.
+///
+/// They may be in another parent. `yrs` would put the rest into this one, behind a neighbour in the
+/// other, and read memory that is not there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Overlap {
+    /// A gap: the client is asked and sends the rest beside its neighbour.
+    IsGap,
+    /// Cut here, and put beside its neighbour.
+    IsCut,
 }
 
 /// A section while it is walked.
 struct Cursor<'a> {
     client: u64,
-    /// How many of the client's clocks the document would have with what was walked.
+    /// How many of the client's clocks the document has.
+    known: u32,
+    /// How many it would have with what was walked.
     reached: u32,
     end: u32,
     /// Clock of the struct that `rest` starts with.
@@ -188,6 +201,7 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
             }
             Cursor {
                 client: section.client,
+                known,
                 reached: known,
                 end: section.end,
                 clock: section.start,
@@ -203,6 +217,7 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
         Self {
             sections,
             next_clock,
+            overlap: Overlap::IsGap,
             gap,
         }
     }
@@ -267,10 +282,9 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
         if is_new {
             let follows = match read.place {
                 Place::Skipped => false,
-                // What the document has of it may be elsewhere: `yrs` would put the rest into this
-                // parent, behind a neighbour in another, and read memory that is not there. A client
-                // that is asked for what is missing sends the rest beside its neighbour.
-                Place::Root | Place::Inside(_) => id.clock >= known,
+                Place::Root | Place::Inside(_) => {
+                    id.clock >= known || self.overlap == Overlap::IsCut
+                }
                 Place::Beside(..) | Place::Collected => true,
             };
             if !follows {
@@ -311,6 +325,26 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
         self.sections
             .binary_search_by(|cursor| client.cmp(&cursor.client))
             .ok()
+    }
+}
+
+impl Cursor<'_> {
+    /// Writes what was taken as a section.
+    fn write_taken(&self, update: &mut Vec<u8>) {
+        let start = self.taken_from.max(self.known);
+        write_var_uint(update, self.taken);
+        write_var_uint(update, self.client);
+        write_var_uint(update, start.into());
+        let mut structs = self.taken_structs;
+        if self.taken_from < self.known {
+            let id = Id {
+                client: self.client,
+                clock: self.taken_from,
+            };
+            // The bytes were checked, and what is known and new is longer than one.
+            let _cut = structs.cut_struct(id, self.known, update);
+        }
+        update.extend_from_slice(structs.up_to(&self.rest));
     }
 }
 
@@ -477,6 +511,41 @@ mod tests {
         expected.extend([1, 1, 2, 0, 1, 1, 1]);
         assert_eq!(taken, expected);
         assert_eq!(missing(&taken, &[(1, 1)]), None);
+    }
+
+    #[test]
+    fn what_the_document_has_is_cut_off() {
+        let root = |content: &[u8]| [&[content[0], 1, 1, b't'][..], &content[1..]].concat();
+        let behind =
+            |flags: u8, content: &[u8]| [&[content[0] | flags, 1, 0][..], &content[1..]].concat();
+        let cases: [(Vec<u8>, Vec<u8>); 6] = [
+            (
+                root(&[4, 3, b'a', b'b', b'c']),
+                behind(0x80, &[4, 2, b'b', b'c']),
+            ),
+            (
+                root(&[8, 3, 126, 125, 5, 120]),
+                behind(0x80, &[8, 2, 125, 5, 120]),
+            ),
+            (root(&[1, 9]), behind(0x80, &[1, 8])),
+            (vec![0, 9], vec![0, 8]),
+            // half a surrogate pair
+            (
+                root(&[4, 5, 0xF0, 0x9F, 0x98, 0x80, b'x']),
+                behind(0x80, &[4, 4, 0xEF, 0xBF, 0xBD, b'x']),
+            ),
+            // between 2:0 and 3:0
+            (
+                vec![0xC4, 2, 0, 3, 0, 2, b'a', b'b'],
+                vec![0xC4, 1, 0, 3, 0, 1, b'b'],
+            ),
+        ];
+        for (whole, rest) in cases {
+            let whole = update(&[(1, 0, vec![whole, after(1, 0)])]);
+            let rest = update(&[(1, 1, vec![rest, after(1, 0)])]);
+            assert_eq!(admissible(&whole, &[(1, 1), (2, 1), (3, 1)]), rest);
+            assert_eq!(missing(&rest, &[(1, 1), (2, 1), (3, 1)]), None);
+        }
     }
 
     #[test]

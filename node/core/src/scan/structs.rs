@@ -12,14 +12,19 @@
 //! and a clock. Lengths of content are clocks: each UTF-16 unit of a text, each value of an array,
 //! and one for everything else.
 
+use std::borrow::Cow;
+
 use yrs::Any;
 
 use super::{ScanError, Summary};
 use crate::limits::{CLOCK_END_MAX, UPDATE_DEPTH_MAX, UPDATE_SUBDOCUMENTS_MAX, UPDATE_VALUES_MAX};
 use crate::wire::json;
-use crate::wire::varint::{ReadError, Reader};
+use crate::wire::varint::{ReadError, Reader, write_var_bytes, write_var_uint};
 
 const GC: u8 = 0;
+const DELETED: u8 = 1;
+const STRING: u8 = 4;
+const ANY: u8 = 8;
 const SKIP: u8 = 10;
 const KIND: u8 = 0b0001_1111;
 const HAS_ORIGIN: u8 = 0b1000_0000;
@@ -265,16 +270,14 @@ impl<'a> Source<'a> {
     /// Reads the content of an item and gives its length in clocks.
     fn read_content(&mut self, kind: u8, pass: &mut Pass<'_>) -> Result<u64, ScanError> {
         match kind {
-            // Deleted
-            1 => return self.read(Reader::var_uint),
+            DELETED => return self.read(Reader::var_uint),
             // JSON, replaced by Any before Yjs 13.0. `yrs` reads one string too many.
             2 => return Err(self.unsupported("content of an obsolete kind (JSON)")),
             // Binary
             3 => {
                 self.read(Reader::var_bytes)?;
             }
-            // String
-            4 => return Ok(utf16_len(self.text(pass)?)),
+            STRING => return Ok(utf16_len(self.text(pass)?)),
             // Embed
             5 => self.json(pass)?,
             // Format
@@ -300,8 +303,7 @@ impl<'a> Source<'a> {
                     _ => return Err(self.malformed("a shared type of unknown kind")),
                 }
             }
-            // Any
-            8 => {
+            ANY => {
                 let count = self.count("values", u64::MAX, 1)?;
                 for _ in 0..count {
                     self.value(0, pass)?;
@@ -374,6 +376,62 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
+    /// Reads the struct at `id` and writes what of it starts at `from`, as Yjs writes it: beside what
+    /// is cut off. There has to be something on both sides of the cut.
+    pub(super) fn cut_struct(
+        &mut self,
+        id: Id,
+        from: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ScanError> {
+        let cut_off = u64::from(from - id.clock);
+        let info = self.read(Reader::byte)?;
+        let kind = info & KIND;
+        if kind == GC {
+            let len = self.read(Reader::var_uint)?;
+            out.push(GC);
+            write_var_uint(out, len - cut_off);
+            return Ok(());
+        }
+        let right_origin = match self.read_place(info, &Pass::Walk)? {
+            Place::Beside(_, right_origin) => right_origin,
+            _ => None,
+        };
+        out.push(info | HAS_ORIGIN);
+        let origin = Id {
+            client: id.client,
+            clock: from - 1,
+        };
+        for Id { client, clock } in [Some(origin), right_origin].into_iter().flatten() {
+            write_var_uint(out, client);
+            write_var_uint(out, clock.into());
+        }
+        match kind {
+            DELETED => {
+                let len = self.read(Reader::var_uint)?;
+                write_var_uint(out, len - cut_off);
+            }
+            STRING => {
+                let rest = cut_text(self.read(Reader::var_str)?, cut_off);
+                write_var_bytes(out, rest.as_bytes());
+            }
+            ANY => {
+                let count = self.read(Reader::var_uint)?;
+                for _ in 0..cut_off {
+                    self.value(0, &mut Pass::Walk)?;
+                }
+                write_var_uint(out, count - cut_off);
+                let kept = *self;
+                for _ in cut_off..count {
+                    self.value(0, &mut Pass::Walk)?;
+                }
+                out.extend_from_slice(kept.up_to(self));
+            }
+            _ => return Err(self.malformed("content that is one")),
+        }
+        Ok(())
+    }
+
     fn text(&mut self, pass: &Pass<'_>) -> Result<&'a [u8], ScanError> {
         match pass {
             Pass::Check(_) => self.read(|reader| reader.var_str().map(str::as_bytes)),
@@ -407,6 +465,23 @@ fn add(total: &mut u64, what: &'static str, max: u64) -> Result<(), ScanError> {
     } else {
         Err(ScanError::TooMany { what, max })
     }
+}
+
+/// Text without its first UTF-16 units. Of a character that is cut apart stays the replacement
+/// character, as with Yjs.
+fn cut_text(text: &str, units: u64) -> Cow<'_, str> {
+    let mut before = 0;
+    for (at, character) in text.char_indices() {
+        if before == units {
+            return Cow::Borrowed(&text[at..]);
+        }
+        before += character.len_utf16() as u64;
+        if before > units {
+            let rest = &text[at + character.len_utf8()..];
+            return Cow::Owned(format!("{}{rest}", char::REPLACEMENT_CHARACTER));
+        }
+    }
+    Cow::Borrowed("")
 }
 
 /// Length in UTF-16 units, of UTF-8: one for each character, two for those of four bytes.
