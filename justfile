@@ -1,0 +1,31 @@
+# `just` lists what there is to do; CI runs the same.
+
+_default:
+    @just --list --unsorted
+
+# Format the code
+fmt:
+    cargo fmt --all
+
+# Check format, lints and what is generated
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    npm --prefix node/web run check
+
+# Run tiers of tests: unit sim process browser e2e; all without one
+test *tiers:
+    tests/run {{tiers}}
+
+# Run the seeded simulation
+sim:
+    tests/run sim
+
+# Run the scenarios on a real Kubernetes; words choose among them
+e2e *words:
+    cargo test -p collab-tests --test e2e -- {{words}}
+
+# Write again what is generated: the CRD and the editor page
+generate:
+    cargo run --quiet -p collab-crds --bin crdgen > crds/collabcluster.yaml
+    npm --prefix node/web run build

@@ -1,0 +1,42 @@
+//! Running other programs: what they print is the result, what they complain about is the error.
+
+use anyhow::{Context, Result, bail};
+use std::process::{Command, Output, Stdio};
+
+/// Runs `command` to its end and returns what it wrote to standard output.
+///
+/// # Errors
+/// When it cannot be started, or with its standard error when it fails.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output();
+    judge(command, output)
+}
+
+/// Like [`output`], without blocking; the program is killed when the future is dropped.
+///
+/// # Errors
+/// As [`output`].
+pub async fn output_of(command: Command) -> Result<String> {
+    let mut command = tokio::process::Command::from(command);
+    let output = command
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await;
+    judge(command.as_std(), output)
+}
+
+fn judge(command: &Command, output: std::io::Result<Output>) -> Result<String> {
+    let name = || format!("{command:?}").chars().take(400).collect::<String>();
+    let output = output.with_context(|| format!("cannot start {}", name()))?;
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        bail!(
+            "{} ended with {}: {}\n{printed}",
+            name(),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(printed)
+}

@@ -1,0 +1,14 @@
+//! Harness of the tests.
+
+pub mod cache;
+pub mod charts;
+pub mod clients;
+pub mod command;
+pub mod dashboards;
+pub mod images;
+pub mod kubernetes;
+pub mod nodes;
+pub mod postgres;
+pub mod process;
+pub mod redis;
+pub mod tools;
