@@ -1,0 +1,133 @@
+//! What happened since the last look, for people who read Events.
+
+use std::collections::BTreeMap;
+
+use collab_core::control::{ClusterReport, MemberState};
+use collab_core::ids::NodeId;
+
+use crate::model::{Gravity, News, Seen};
+
+/// What is seen now.
+pub fn see(report: &ClusterReport) -> Seen {
+    let mut members = BTreeMap::<NodeId, MemberState>::new();
+    for member in report.members.iter().filter(|member| member.live) {
+        // Of two processes of one name the one that serves counts.
+        let state = members.entry(member.node.clone()).or_insert(member.state);
+        if member.state == MemberState::Active {
+            *state = MemberState::Active;
+        }
+    }
+    Seen {
+        members,
+        adoptions: report.adoptions,
+        store: true,
+    }
+}
+
+/// What is to be told about the way from one look to the next. The first look tells nothing.
+pub fn between(before: Option<&Seen>, after: &Seen) -> Vec<News> {
+    let Some(before) = before else {
+        return Vec::new();
+    };
+    let mut news = Vec::new();
+    let mut tell = |gravity, reason, action, node: Option<&NodeId>, note: String| {
+        news.push(News {
+            gravity,
+            reason,
+            action,
+            node: node.cloned(),
+            note,
+        });
+    };
+    for (node, state) in &after.members {
+        match (before.members.get(node), state) {
+            (None, MemberState::Active) => {
+                tell(
+                    Gravity::Normal,
+                    "NodeJoined",
+                    "Observe",
+                    Some(node),
+                    format!("node {node} serves"),
+                );
+            }
+            (Some(MemberState::Active), MemberState::Draining) => {
+                tell(
+                    Gravity::Normal,
+                    "DrainStarted",
+                    "Drain",
+                    Some(node),
+                    format!("node {node} hands over its slots"),
+                );
+            }
+            (Some(MemberState::Active | MemberState::Draining), MemberState::Drained) => {
+                tell(
+                    Gravity::Normal,
+                    "DrainCompleted",
+                    "Drain",
+                    Some(node),
+                    format!("node {node} holds no slot and no connection"),
+                );
+            }
+            (Some(MemberState::Draining | MemberState::Drained), MemberState::Active) => {
+                tell(
+                    Gravity::Normal,
+                    "DrainTakenBack",
+                    "Drain",
+                    Some(node),
+                    format!("node {node} serves again"),
+                );
+            }
+            _ => {}
+        }
+    }
+    for (node, state) in &before.members {
+        if after.members.contains_key(node) {
+            continue;
+        }
+        match state {
+            MemberState::Active => {
+                tell(
+                    Gravity::Warning,
+                    "NodeLost",
+                    "Observe",
+                    Some(node),
+                    format!("node {node} has lost its lease"),
+                );
+            }
+            MemberState::Draining => {
+                tell(
+                    Gravity::Normal,
+                    "NodeLeft",
+                    "Observe",
+                    Some(node),
+                    format!("node {node} left while it drained"),
+                );
+            }
+            MemberState::Drained => {
+                tell(
+                    Gravity::Normal,
+                    "NodeLeft",
+                    "Observe",
+                    Some(node),
+                    format!("node {node} left"),
+                );
+            }
+        }
+    }
+    let adopted = after.adoptions.saturating_sub(before.adoptions);
+    if 0 < adopted {
+        tell(
+            Gravity::Warning,
+            "SlotsAdopted",
+            "Observe",
+            None,
+            format!("{adopted} slots were adopted after a loss"),
+        );
+    }
+    news
+}
+
+/// Whether a node was lost on that way: then people may soon come back, and no node is removed.
+pub fn failed_over(before: Option<&Seen>, after: &Seen) -> bool {
+    before.is_some_and(|before| before.adoptions < after.adoptions)
+}

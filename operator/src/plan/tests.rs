@@ -1,0 +1,486 @@
+//! Each test is a script: what is seen, and the plan as text. Most compare only what is done about
+//! nodes; `the_first_plan` shows a whole one.
+
+use collab_core::control::{ClusterReport, LoadSample, MemberReport, MemberState, StoreReport};
+use collab_core::ids::{NodeId, Term};
+use collab_crds::CollabCluster;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+
+use super::plan;
+use crate::build::tests::{cluster, credentials, images};
+use crate::model::{Memory, Observed, Plan, PodMonitorView, PodView, SetView};
+
+#[test]
+fn the_first_plan() {
+    let nothing = Observed {
+        credentials: credentials(false),
+        pod_monitor: PodMonitorView::Absent,
+        ..Observed::default()
+    };
+    insta::assert_snapshot!(look(&dev(3), &nothing, &mut Memory::default()));
+}
+
+#[test]
+fn nodes_that_have_joined_are_given_slots() {
+    let mut world = World::of(&["Active", "Active", "Active"]);
+    world.owners = Owners::Nobody;
+    insta::assert_snapshot!(nodes_only(&look(
+        &dev(3),
+        &world.observed(),
+        &mut Memory::default()
+    )));
+}
+
+#[test]
+fn a_settled_cluster_is_left_alone() {
+    let mut memory = Memory::default();
+    let world = World::of(&["Active", "Active", "Active"]);
+    look(&dev(3), &world.observed(), &mut memory);
+    assert_eq!(
+        nodes_only(&look(&dev(3), &world.observed(), &mut memory)),
+        "want 3 nodes\n"
+    );
+}
+
+#[test]
+fn a_placement_that_is_not_reached_is_asked_for_again() {
+    let mut memory = Memory::default();
+    let mut world = World::of(&["Active", "Active"]);
+    world.owners = Owners::Nobody;
+    let asked = [0, 10, 29, 31].map(|seconds| {
+        let plan = plan_at(&dev(2), &world.observed(), &mut memory, seconds);
+        plan.to_string().contains("\nplace ")
+    });
+    assert_eq!(asked, [true, false, false, true]);
+}
+
+#[test]
+fn a_drained_predecessor_does_not_speak_for_its_pod() {
+    let mut observed = World::of(&["Active", "Drained"]).observed();
+    observed.pods[1].uid = "successor".to_owned();
+    let text = nodes_only(&look(&dev(2), &observed, &mut Memory::default()));
+    assert!(!text.contains("drain"), "{text}");
+}
+
+#[test]
+fn a_suspended_cluster_is_not_touched() {
+    let world = World::of(&["Active", "Draining", "Lost"]);
+    let suspended = cluster("{profile: Dev, suspended: true, nodes: {replicas: 1}}");
+    let plan = look(&suspended, &world.observed(), &mut Memory::default());
+    assert!(plan.actions.is_empty());
+}
+
+#[test]
+fn scale_in_drains_waits_and_only_then_removes() {
+    let mut memory = Memory::default();
+    let mut world = World::of(&["Active", "Active", "Active"]);
+    let mut told = String::new();
+    for state in ["Active", "Draining", "Drained"] {
+        world.nodes[2] = state;
+        told += &format!(
+            "-- demo-node-2 is {state}\n{}",
+            nodes_only(&look(&dev(2), &world.observed(), &mut memory))
+        );
+    }
+    let smaller = World::of(&["Active", "Active"]);
+    told += &format!(
+        "-- demo-node-2 is gone\n{}",
+        nodes_only(&look(&dev(2), &smaller.observed(), &mut memory))
+    );
+    insta::assert_snapshot!(told);
+}
+
+#[test]
+fn two_nodes_too_many_leave_one_after_the_other() {
+    let world = World::of(&["Active", "Active", "Active"]);
+    let text = nodes_only(&look(&dev(1), &world.observed(), &mut Memory::default()));
+    assert!(
+        text.contains("drain demo-node-2\n") && !text.contains("demo-node-1\n"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_lost_node_is_removed_only_when_its_slots_are_adopted() {
+    let mut world = World::of(&["Active", "Active", "Lost"]);
+    world.owners = Owners::AllThree;
+    let text = nodes_only(&look(&dev(2), &world.observed(), &mut Memory::default()));
+    assert!(
+        text.contains("wait for others to adopt the 85 slots of demo-node-2"),
+        "{text}"
+    );
+    assert_eq!(
+        replicas(&look(&dev(2), &world.observed(), &mut Memory::default())),
+        3
+    );
+    world.owners = Owners::TheLive;
+    assert_eq!(
+        replicas(&look(&dev(2), &world.observed(), &mut Memory::default())),
+        2
+    );
+}
+
+#[test]
+fn nothing_is_removed_while_no_node_reports() {
+    let mut world = World::of(&["Active", "Active", "Active"]);
+    world.silent = true;
+    let plan = look(&dev(2), &world.observed(), &mut Memory::default());
+    assert_eq!(replicas(&plan), 3);
+    assert!(
+        plan.waits[0].starts_with("for a node that answers"),
+        "{plan}"
+    );
+}
+
+#[test]
+fn scale_out_takes_a_drain_back_first() {
+    let world = World::of(&["Active", "Active", "Draining"]);
+    insta::assert_snapshot!(nodes_only(&look(
+        &dev(4),
+        &world.observed(),
+        &mut Memory::default()
+    )));
+}
+
+#[test]
+fn to_no_node_at_all_everything_goes_at_once() {
+    let world = World::of(&["Active", "Active"]);
+    assert_eq!(
+        replicas(&look(&dev(0), &world.observed(), &mut Memory::default())),
+        0
+    );
+}
+
+#[test]
+fn a_rollout_replaces_one_drained_pod_at_a_time() {
+    let mut memory = Memory::default();
+    let mut world = World::of(&["Active", "Active", "Active"]);
+    world.newest = "new";
+    let mut told = String::new();
+    for state in ["Active", "Draining", "Drained", "Ending", "Starting"] {
+        world.nodes[2] = state;
+        told += &format!(
+            "-- demo-node-2 is {state}\n{}",
+            nodes_only(&look(&dev(3), &world.observed(), &mut memory))
+        );
+    }
+    world.nodes[2] = "Active";
+    world.updated = vec![2];
+    told += &format!(
+        "-- demo-node-2 is new\n{}",
+        nodes_only(&look(&dev(3), &world.observed(), &mut memory))
+    );
+    insta::assert_snapshot!(told);
+}
+
+#[test]
+fn a_broken_pod_of_an_old_template_is_replaced_at_once() {
+    let mut world = World::of(&["Active", "Active", "Broken"]);
+    world.newest = "new";
+    let text = nodes_only(&look(&dev(3), &world.observed(), &mut Memory::default()));
+    assert!(text.contains("delete Pod demo-node-2\n"), "{text}");
+}
+
+#[test]
+fn the_only_node_is_replaced_without_a_drain() {
+    let mut world = World::of(&["Active"]);
+    world.newest = "new";
+    let text = nodes_only(&look(&dev(1), &world.observed(), &mut Memory::default()));
+    assert!(text.contains("delete Pod demo-node-0\n"), "{text}");
+}
+
+#[test]
+fn a_pod_on_a_silent_machine_is_forgotten_after_a_minute() {
+    for (silent_for, forgotten) in [(59, false), (61, true)] {
+        let mut observed = World::of(&["Active", "Active", "Lost"]).observed();
+        observed.pods[2].lost_since = Some(now() - SignedDuration::from_secs(silent_for));
+        let text = nodes_only(&look(&dev(3), &observed, &mut Memory::default()));
+        assert_eq!(
+            text.contains("delete Pod demo-node-2 without waiting\n"),
+            forgotten,
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_loss_is_told_and_holds_scale_in_back() {
+    let scaled = cluster(
+        "{profile: Dev, placement: {slots: 256}, autoscaling: {enabled: true, minNodes: 1, targetConnectionsPerNode: 100, scaleDownWindowSeconds: 0, cooldownAfterFailoverSeconds: 60}}",
+    );
+    let mut memory = Memory {
+        desired: Some(3),
+        ..Memory::default()
+    };
+    let mut world = World::of(&["Active", "Active", "Active"]);
+    world.connections = 300;
+    look(&scaled, &world.observed(), &mut memory);
+    world.nodes[2] = "Lost";
+    world.adoptions = 85;
+    let lost = nodes_only(&look(&scaled, &world.observed(), &mut memory));
+    world.nodes[2] = "Active";
+    world.connections = 10;
+    let back = nodes_only(&look(&scaled, &world.observed(), &mut memory));
+    let later = nodes_only(&plan_at(&scaled, &world.observed(), &mut memory, 120));
+    insta::assert_snapshot!(format!(
+        "-- lost\n{lost}-- back\n{back}-- two minutes later\n{later}"
+    ));
+}
+
+#[test]
+fn connections_add_a_node_and_take_it_back() {
+    let scaled = cluster(
+        "{profile: Dev, placement: {slots: 256}, autoscaling: {enabled: true, targetConnectionsPerNode: 80, scaleDownWindowSeconds: 30}}",
+    );
+    let mut memory = Memory {
+        desired: Some(2),
+        ..Memory::default()
+    };
+    let mut world = World::of(&["Active", "Active"]);
+    world.connections = 200;
+    let out = plan_at(&scaled, &world.observed(), &mut memory, 0);
+    assert_eq!((out.scaling.desired, replicas(&out)), (3, 3));
+    let mut world = World::of(&["Active", "Active", "Active"]);
+    let soon = plan_at(&scaled, &world.observed(), &mut memory, 20);
+    assert_eq!((soon.scaling.desired, replicas(&soon)), (3, 3));
+    let later = plan_at(&scaled, &world.observed(), &mut memory, 40);
+    assert_eq!((later.scaling.desired, replicas(&later)), (2, 3));
+    world.nodes[2] = "Drained";
+    assert_eq!(
+        replicas(&plan_at(&scaled, &world.observed(), &mut memory, 50)),
+        2
+    );
+}
+
+#[test]
+fn an_operator_that_just_started_goes_on_from_the_status() {
+    let mut scaled = cluster(
+        "{profile: Dev, placement: {slots: 256}, autoscaling: {enabled: true, targetConnectionsPerNode: 100}}",
+    );
+    scaled.status = serde_yaml::from_str("{observedGeneration: 1, nodes: {desired: 5}}").unwrap();
+    let world = World::of(&["Active"; 5]);
+    let plan = look(&scaled, &world.observed(), &mut Memory::default());
+    assert_eq!((plan.scaling.desired, replicas(&plan)), (5, 5));
+}
+
+proptest::proptest! {
+    /// Whatever state nodes are in and whatever is wanted: no slot is lost with a pod.
+    #[test]
+    fn no_pod_that_holds_slots_is_removed(
+        states in proptest::collection::vec(0_usize..5, 1..6),
+        wanted in 1_i32..6,
+        all_hold in proptest::bool::ANY,
+        outdated in proptest::bool::ANY,
+    ) {
+        let names = ["Active", "Draining", "Drained", "Lost", "Starting"];
+        let mut world = World::of(&states.iter().map(|state| names[*state]).collect::<Vec<_>>());
+        world.owners = if all_hold { Owners::AllThree } else { Owners::TheLive };
+        world.newest = if outdated { "new" } else { "old" };
+        let observed = world.observed();
+        let plan = look(&dev(wanted), &observed, &mut Memory::default());
+        let kept = replicas(&plan);
+        let others_serve = |pod: &PodView| observed.members().iter().any(|member| {
+            member.live && member.state == MemberState::Active && member.node.0 != pod.name
+        });
+        for pod in &observed.pods {
+            let held: u16 = observed.members().iter().filter(|member| member.node.0 == pod.name).map(|member| member.slots_owned).sum();
+            let removed = kept <= pod.ordinal || plan.to_string().contains(&format!("delete Pod {}\n", pod.name));
+            proptest::prop_assert!(!removed || held == 0 || !others_serve(pod), "{plan}");
+        }
+    }
+}
+
+fn now() -> Timestamp {
+    Timestamp::from_second(1_700_000_000).unwrap()
+}
+
+fn dev(replicas: i32) -> CollabCluster {
+    cluster(&format!(
+        "{{profile: Dev, placement: {{slots: 256}}, nodes: {{replicas: {replicas}}}}}"
+    ))
+}
+
+fn look(cluster: &CollabCluster, observed: &Observed, memory: &mut Memory) -> Plan {
+    plan_at(cluster, observed, memory, 0)
+}
+
+/// Plans, and remembers what the store would have granted and accepted.
+fn plan_at(
+    cluster: &CollabCluster,
+    observed: &Observed,
+    memory: &mut Memory,
+    seconds: i64,
+) -> Plan {
+    let plan = plan(
+        cluster,
+        observed,
+        memory,
+        &images(),
+        now() + SignedDuration::from_secs(seconds),
+    );
+    *memory = plan.memory.clone();
+    memory.term = observed.report.as_ref().map(|_| Term(1));
+    if let Some(placement) = &plan.placement
+        && plan.to_string().contains(
+            "
+place ",
+        )
+    {
+        let at = now() + SignedDuration::from_secs(seconds);
+        memory.placed = Some((placement.hash.clone(), at));
+    }
+    plan
+}
+
+/// The lines about nodes; what is built for the cluster has tests of its own.
+fn nodes_only(plan: &Plan) -> String {
+    plan.to_string()
+        .lines()
+        .filter(|line| {
+            !line.starts_with("apply ") || line.starts_with("apply StatefulSet demo-node of")
+        })
+        .filter(|line| *line != format!("apply StatefulSet demo-node of {}", plan.scaling.desired))
+        .map(|line| format!("{line}\n"))
+        .collect()
+}
+
+fn replicas(plan: &Plan) -> i32 {
+    plan.to_string()
+        .lines()
+        .find_map(|line| line.strip_prefix("apply StatefulSet demo-node of "))
+        .unwrap()
+        .parse()
+        .unwrap()
+}
+
+enum Owners {
+    Nobody,
+    /// Slots are with live members that own.
+    TheLive,
+    /// Slots are with all members, dead ones too.
+    AllThree,
+}
+
+/// Nodes by ordinal, each in a state: those of members, and Lost, Broken (never registered, does not
+/// start), Ending (told to end, member drained), Starting.
+struct World {
+    nodes: Vec<&'static str>,
+    owners: Owners,
+    newest: &'static str,
+    updated: Vec<usize>,
+    connections: u32,
+    adoptions: u64,
+    silent: bool,
+}
+
+impl World {
+    fn of(nodes: &[&'static str]) -> Self {
+        Self {
+            nodes: nodes.to_vec(),
+            owners: Owners::TheLive,
+            newest: "old",
+            updated: Vec::new(),
+            connections: 0,
+            adoptions: 0,
+            silent: false,
+        }
+    }
+
+    fn observed(&self) -> Observed {
+        let serving = self
+            .nodes
+            .iter()
+            .filter(|state| **state == "Active")
+            .count();
+        Observed {
+            node_set: Some(SetView {
+                replicas: i32::try_from(self.nodes.len()).unwrap(),
+                ready: i32::try_from(serving).unwrap(),
+                updated: 0,
+                revision: Some(self.newest.to_owned()),
+            }),
+            postgres_set: Some(SetView::default()),
+            redis_set: Some(SetView::default()),
+            pods: (0..self.nodes.len())
+                .map(|ordinal| self.pod(ordinal))
+                .collect(),
+            credentials: credentials(true),
+            report: (!self.silent).then(|| self.report()),
+            ..Observed::default()
+        }
+    }
+
+    fn pod(&self, ordinal: usize) -> PodView {
+        let state = self.nodes[ordinal];
+        PodView {
+            name: format!("demo-node-{ordinal}"),
+            ordinal: i32::try_from(ordinal).unwrap(),
+            uid: format!("uid-{ordinal}"),
+            ip: Some(format!("10.0.0.{ordinal}")),
+            ready: state == "Active",
+            revision: if self.updated.contains(&ordinal) || state == "Starting" {
+                self.newest
+            } else {
+                "old"
+            }
+            .to_owned(),
+            ends_at: (state == "Ending").then(now),
+            lost_since: None,
+            trouble: (state == "Broken").then(|| "ImagePullBackOff".to_owned()),
+        }
+    }
+
+    fn report(&self) -> ClusterReport {
+        let mut members: Vec<MemberReport> = self
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, state)| !["Broken", "Starting"].contains(state))
+            .map(|(ordinal, state)| MemberReport {
+                node: NodeId(format!("demo-node-{ordinal}")),
+                incarnation: uuid::Uuid::from_u128(u128::try_from(ordinal).unwrap()),
+                pod_uid: format!("uid-{ordinal}"),
+                address: String::new(),
+                zone: String::new(),
+                state: match *state {
+                    "Draining" => MemberState::Draining,
+                    "Drained" | "Ending" => MemberState::Drained,
+                    _ => MemberState::Active,
+                },
+                live: *state != "Lost",
+                slots_owned: 0,
+                load: Some(LoadSample {
+                    connections: if ordinal == 0 { self.connections } else { 0 },
+                    ..LoadSample::default()
+                }),
+                load_age_ms: 300,
+            })
+            .collect();
+        let may_own: Vec<u16> = (0..)
+            .zip(&members)
+            .filter(|(_, member)| match self.owners {
+                Owners::Nobody => false,
+                Owners::TheLive => member.live && member.state != MemberState::Drained,
+                Owners::AllThree => true,
+            })
+            .map(|(index, _)| index)
+            .collect();
+        let owners: Vec<Option<u16>> = (0..256)
+            .map(|slot| may_own.get(slot % may_own.len().max(1)).copied())
+            .collect();
+        for owner in owners.iter().flatten() {
+            members[usize::from(*owner)].slots_owned += 1;
+        }
+        ClusterReport {
+            slots: 256,
+            members,
+            owners,
+            adoptions: self.adoptions,
+            store: StoreReport {
+                version: "15.18".to_owned(),
+                ..StoreReport::default()
+            },
+            ..ClusterReport::default()
+        }
+    }
+}
