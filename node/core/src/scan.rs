@@ -14,8 +14,8 @@
 //!
 //! A section is one client's consecutive structs (`structs.rs` has their layout). The scanner accepts
 //! less than Yjs reads and all that Yjs 13.6 and `yrs` write in causal order: known content in its
-//! shortest form, nothing empty, nothing twice, nothing behind the end. An update of one client, all
-//! but the first of a session, is scanned without allocation.
+//! shortest form, nothing empty, nothing twice, nothing behind the end. An update of one client, as all
+//! but the first of a session are, is scanned without allocation, unless it has an embed or a format.
 
 mod causal;
 mod depth;
