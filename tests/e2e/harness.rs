@@ -94,6 +94,25 @@ pub(crate) async fn volumes(cluster: &Cluster) -> Result<()> {
     namespace.delete().await
 }
 
+/// The Postgres image has Patroni, its client of Kubernetes and Postgres, and can make a database as its user.
+pub(crate) async fn database_image(cluster: &Cluster) -> Result<()> {
+    let namespace = cluster.namespace("harness-image").await?;
+    let pod = redis("database", "node1", "")
+        .replace("collab-redis", "collab-postgres")
+        .replace("args: [--dir, /data, --protected-mode, \"no\", --appendonly, \"yes\", --appendfsync, always]", "command: [sleep, \"600\"]")
+        .replace("    readinessProbe: {tcpSocket: {port: 6379}, periodSeconds: 1}\n", "")
+        .replace("102", "101");
+    namespace.apply(&pod).await?;
+    namespace.wait("pod/database", "Ready", SOON).await?;
+    let show = "id --user --name && patroni --version && python3 -c 'import kubernetes' && initdb --pgdata=/data/db";
+    let printed = namespace.exec("database", &["sh", "-ec", show]).await?;
+    ensure!(
+        printed.starts_with("postgres\npatroni ") && printed.contains("Success"),
+        "{printed}"
+    );
+    namespace.delete().await
+}
+
 /// A kube node that is cut off is not ready after a while and answers nobody; healed, it is ready and its pod still runs.
 pub(crate) async fn cut_and_heal(cluster: &Cluster) -> Result<()> {
     let namespace = cluster.namespace("harness-cut").await?;

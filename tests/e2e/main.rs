@@ -1,6 +1,7 @@
 //! Scenarios on a real Kubernetes. One cluster serves them all, one after the other, each in a namespace of its own.
 //!
-//! `cargo test -p collab-tests --test e2e [WORD…]` runs those whose names contain one of the words.
+//! `cargo test -p collab-tests --test e2e [WORD…]` runs those whose names contain one of the words. With `COLLAB_E2E_HOLD=1`
+//! it starts a cluster of one kube node and waits; `nsenter --all --target PID` goes in there, where the first process is PID.
 
 mod harness;
 
@@ -28,6 +29,9 @@ const SCENARIOS: &[Scenario] = &[
     }),
     ("a_volume_stays_when_its_pod_is_killed", |cluster| {
         Box::pin(harness::volumes(cluster))
+    }),
+    ("the_database_image_runs_as_its_user", |cluster| {
+        Box::pin(harness::database_image(cluster))
     }),
     ("a_kube_node_is_cut_off_and_healed", |cluster| {
         Box::pin(harness::cut_and_heal(cluster))
@@ -184,18 +188,18 @@ fn a_killed_run_leaves_nothing_in_the_way(state: &Path) -> Result<()> {
 fn parts() -> Result<(Tools, Vec<images::Image>)> {
     let tools = Tools::build()?;
     if !kubernetes::inside() {
-        let build = [
+        let mut build = Command::new(env!("CARGO"));
+        build.args([
             "build",
             "--quiet",
             "--package=collab-node",
             "--package=collab-operator",
             "--bins",
-        ];
-        command::output(
-            Command::new(env!("CARGO"))
-                .args(build)
-                .current_dir(env!("CARGO_MANIFEST_DIR")),
-        )?;
+        ]);
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
+        command::output(build.current_dir(env!("CARGO_MANIFEST_DIR")))?;
     }
     let images = images::build(&tools, &binaries()?)?;
     Ok((tools, images))

@@ -335,37 +335,69 @@ impl Cluster {
         }
     }
 
-    /// What is going on, for the reader of a failed test: pods, events and the ends of the logs of pods that are not well.
+    /// What is going on, for the reader of a failed test: pods, events, and the ends of the pods' logs.
     pub async fn describe(&self) -> String {
         let mut text = String::new();
-        for arguments in [
-            &["get", "nodes", "--output=wide"][..],
+        self.show(&mut text, &["get", "nodes", "--output=wide"])
+            .await;
+        self.show(
+            &mut text,
             &[
                 "get",
                 "pods,persistentvolumeclaims",
                 "--all-namespaces",
                 "--output=wide",
             ],
+        )
+        .await;
+        self.show(
+            &mut text,
             &[
                 "get",
                 "events",
                 "--all-namespaces",
                 "--sort-by=.lastTimestamp",
             ],
-        ] {
-            let shown = self
-                .kubectl(arguments)
-                .await
-                .unwrap_or_else(|error| format!("{error:#}"));
-            let lines: Vec<&str> = shown.lines().collect();
-            let _ = writeln!(
-                text,
-                "--- {}\n{}",
-                arguments.join(" "),
-                lines[lines.len().saturating_sub(40)..].join("\n")
-            );
+        )
+        .await;
+        let pods = self
+            .get(&["pods", "--all-namespaces"])
+            .await
+            .unwrap_or_default();
+        for pod in pods["items"].as_array().into_iter().flatten() {
+            let metadata = &pod["metadata"];
+            let (Some(namespace), Some(name)) =
+                (metadata["namespace"].as_str(), metadata["name"].as_str())
+            else {
+                continue;
+            };
+            let logs = [
+                "logs",
+                "--all-containers",
+                "--tail=40",
+                "--namespace",
+                namespace,
+                name,
+            ];
+            self.show(&mut text, &logs).await;
+            let restarts = pod["status"]["containerStatuses"][0]["restartCount"].as_u64();
+            if restarts.is_some_and(|count| count > 0) {
+                self.show(&mut text, &[&logs[..], &["--previous"]].concat())
+                    .await;
+            }
         }
         text
+    }
+
+    /// Adds the last lines that kubectl prints.
+    async fn show(&self, text: &mut String, arguments: &[&str]) {
+        let shown = self
+            .kubectl(arguments)
+            .await
+            .unwrap_or_else(|error| format!("{error:#}"));
+        let lines: Vec<&str> = shown.lines().collect();
+        let end = lines[lines.len().saturating_sub(40)..].join("\n");
+        let _ = writeln!(text, "--- kubectl {}\n{end}", arguments.join(" "));
     }
 
     fn set_link(&self, kube_node: &str, state: &str) -> Result<()> {
