@@ -192,9 +192,9 @@ fn parts() -> Result<(Tools, Vec<images::Image>)> {
         build.args([
             "build",
             "--quiet",
-            "--package=collab-node",
-            "--package=collab-operator",
+            "--workspace",
             "--bins",
+            "--tests",
         ]);
         if !cfg!(debug_assertions) {
             build.arg("--release");
