@@ -62,6 +62,8 @@ export class Session extends ObservableV2 {
     this.provider.on('sync', synced => {
       if (synced) {
         if (this.receipts.unsaved) this.#ask()
+        // Raises our clock: with the old one, who has known us before would not see us come back.
+        this.awareness.setLocalState(this.awareness.getLocalState())
         if (!this.ready) {
           this.ready = true
           this.emit('ready', [])
