@@ -20,12 +20,13 @@ use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
-use crate::bus::Bus;
+use crate::bus::{Bus, CachedSnapshot};
 use crate::log::{Log, LogEvent};
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::store::{
     Append, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store,
+    StoredSnapshot,
 };
 
 mod snapshot;
@@ -150,6 +151,8 @@ struct Open {
     documents: HashMap<DocumentId, Entry>,
     /// Slots that are being handed over: nothing of them is opened.
     frozen: BTreeSet<Slot>,
+    /// Documents of this node's slots that were found damaged.
+    degraded: BTreeSet<DocumentId>,
 }
 
 struct Entry {
@@ -300,6 +303,14 @@ impl Documents {
         let mut map = self.members.watch();
         while map.changed().await.is_ok() {
             let map = map.borrow_and_update().clone();
+            self.set_degraded(|degraded| {
+                let mine = |document: &DocumentId| {
+                    self.members
+                        .ownership(self.members.slot_of(document))
+                        .is_some()
+                };
+                degraded.retain(mine);
+            });
             let open = self.open();
             for entry in open.documents.values() {
                 let owner = map.owner(entry.slot);
@@ -310,6 +321,13 @@ impl Documents {
                 }
             }
         }
+    }
+
+    fn set_degraded(&self, change: impl FnOnce(&mut BTreeSet<DocumentId>)) {
+        let mut open = self.open();
+        change(&mut open.degraded);
+        let count = i64::try_from(open.degraded.len()).unwrap_or(i64::MAX);
+        self.metrics.documents_degraded.set(count);
     }
 
     fn end_freeze(&self, slot: Slot, message: impl Fn() -> ToDocument) {
@@ -394,7 +412,15 @@ impl Host {
         let documents = self.documents.clone();
         loop {
             let ownership = self.wait_for_ownership().await?;
-            match documents.store.load(&self.document).await {
+            let cached = documents.bus.cached_snapshot(&self.document).await;
+            let copy = cached.map(
+                |CachedSnapshot {
+                     room_epoch,
+                     seq,
+                     bytes,
+                 }| { (room_epoch, StoredSnapshot { seq, bytes }) },
+            );
+            match documents.store.load_with(&self.document, copy).await {
                 Ok(Loaded::Live {
                     room_epoch,
                     snapshot,
@@ -446,6 +472,9 @@ impl Host {
 
     fn owned(&self, document: Document, ownership: Ownership, room_epoch: RoomEpoch) -> Owned {
         self.documents.metrics.documents_open.inc();
+        self.documents.set_degraded(|degraded| {
+            degraded.remove(&self.document);
+        });
         let (log_reply, log_events) = mpsc::unbounded_channel();
         Owned {
             documents: self.documents.clone(),
@@ -491,7 +520,9 @@ impl Host {
 
     fn degraded(&self, reason: String) -> End {
         tracing::error!(document.id = %self.document, reason, "the stored document is damaged");
-        self.documents.metrics.documents_degraded.inc();
+        self.documents.set_degraded(|degraded| {
+            degraded.insert(self.document.clone());
+        });
         End::Unavailable(
             Unavailable::Degraded,
             format!("the stored document is damaged: {reason}"),

@@ -255,7 +255,10 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    #[expect(clippy::needless_pass_by_value, reason = "it stands where an error is mapped")]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "it stands where an error is mapped"
+    )]
     fn unusable(reason: impl ToString) -> Self {
         Self::Unusable(reason.to_string())
     }
@@ -290,10 +293,25 @@ pub trait Store: Send + Sync + 'static {
 
     /// Reads a document in one consistent view. Call it after the slot was claimed.
     ///
+    /// `copy` is a snapshot from somewhere faster: its bytes are used, and not read here, if the newest stored snapshot is
+    /// of the same room epoch and seq and its hash is that of these bytes.
+    ///
     /// # Errors
     /// [`LoadError::Damaged`] when a row is missing, doubled or has a wrong checksum and no older
     /// snapshot helps.
-    async fn load(&self, document: &DocumentId) -> Result<Loaded, LoadError>;
+    async fn load_with(
+        &self,
+        document: &DocumentId,
+        copy: Option<(RoomEpoch, StoredSnapshot)>,
+    ) -> Result<Loaded, LoadError>;
+
+    /// [`Store::load_with`] without a copy.
+    ///
+    /// # Errors
+    /// As there.
+    async fn load(&self, document: &DocumentId) -> Result<Loaded, LoadError> {
+        self.load_with(document, None).await
+    }
 
     /// Creates a document (or a new life of a deleted one) under the fence.
     async fn create(

@@ -3,7 +3,10 @@
 //! `cargo test -p collab-tests --test e2e [WORD…]` runs those whose names contain one of the words. With `COLLAB_E2E_HOLD=1`
 //! it starts a cluster of one kube node and waits; `nsenter --all --target PID` goes in there, where the first process is PID.
 
+mod drills;
 mod harness;
+mod installed;
+mod lifecycle;
 
 use anyhow::{Context, Result, ensure};
 use collab_tests::kubernetes::{self, Cluster, Sandbox};
@@ -42,6 +45,23 @@ const SCENARIOS: &[Scenario] = &[
     ("both_versions_of_helm_reach_the_cluster", |cluster| {
         Box::pin(harness::helm(cluster))
     }),
+    ("wrong_manifests_are_refused_by_field", |cluster| {
+        Box::pin(lifecycle::wrong_manifests(cluster))
+    }),
+    ("a_killed_node_loses_no_acknowledged_edit", |cluster| {
+        Box::pin(drills::kill(cluster))
+    }),
+    ("connections_scale_the_nodes", |cluster| {
+        Box::pin(drills::scale(cluster))
+    }),
+    (
+        "a_kube_node_cut_off_loses_no_acknowledged_edit",
+        |cluster| Box::pin(drills::cut(cluster)),
+    ),
+    (
+        "an_uninstalled_cluster_comes_back_with_its_documents",
+        |cluster| Box::pin(lifecycle::uninstall(cluster)),
+    ),
 ];
 
 /// The one test that is not run on the cluster: it kills a run like this one before this one begins.
@@ -189,13 +209,7 @@ fn parts() -> Result<(Tools, Vec<images::Image>)> {
     let tools = Tools::build()?;
     if !kubernetes::inside() {
         let mut build = Command::new(env!("CARGO"));
-        build.args([
-            "build",
-            "--quiet",
-            "--workspace",
-            "--bins",
-            "--tests",
-        ]);
+        build.args(["build", "--quiet", "--workspace", "--bins", "--tests"]);
         if !cfg!(debug_assertions) {
             build.arg("--release");
         }

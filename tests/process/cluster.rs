@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use collab_tests::checker;
 use collab_tests::clients::typist::{Ledger, Typing};
-use collab_tests::clients::{Reading, Replay, now_ms, read, reload};
+use collab_tests::clients::{Reading, Replay, now_ms};
 use collab_tests::nodes::Nodes;
 use collab_tests::postgres::Postgres;
 use collab_tests::redis::Redis;
@@ -199,35 +200,16 @@ fn documents(count: usize) -> Vec<String> {
     (0..count).map(|number| format!("notes/{number}")).collect()
 }
 
-/// The writers agree, and so do a fresh client, what REST exports, and what Yjs makes of the stored state; all
-/// of it has every acknowledged edit exactly once.
 async fn everything_acknowledged_is_there(
     nodes: &Nodes,
     ledger: &Ledger,
     names: &[String],
 ) -> Result<()> {
-    let urls: Vec<String> = nodes.urls();
+    let urls = nodes.urls();
     let reading = Reading {
         nodes: &urls,
         documents: names,
         token: None,
     };
-    let fresh = read(&reading).await?;
-    let reloaded = reload(&reading).await?;
-    let texts = ledger.texts()?;
-    for document in reloaded {
-        let text = texts[document.document.as_str()];
-        ledger.judge(&document.document, text).clean()?;
-        ensure!(
-            fresh[&document.document] == text,
-            "a fresh client differs in {}",
-            document.document
-        );
-        ensure!(
-            document.text == text && document.exported == text,
-            "a reload differs in {}",
-            document.document
-        );
-    }
-    Ok(())
+    checker::everything_acknowledged_is_there(&reading, ledger).await
 }

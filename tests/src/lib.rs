@@ -2,6 +2,7 @@
 
 pub mod cache;
 pub mod charts;
+pub mod checker;
 pub mod clients;
 pub mod command;
 pub mod dashboards;

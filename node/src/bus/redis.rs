@@ -3,6 +3,7 @@
 //! Keys: `collab:presence:{document}` (JSON, one minute) and `collab:snapshot:{document}` (room epoch and
 //! seq, 8 bytes little-endian each, then the bytes; one hour).
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,7 +11,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use collab_core::ids::{DocumentId, RoomEpoch, Seq};
 use redis::AsyncCommands;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{Bus, CachedSnapshot, Presence};
 use crate::metrics::Metrics;
@@ -22,10 +23,14 @@ const SNAPSHOT_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// A bus that is slower than this is as good as away.
 const PATIENCE: Duration = Duration::from_millis(250);
 
+/// After a failure it is left alone for this long, so that nobody waits for it again and again.
+const PAUSE: Duration = Duration::from_secs(1);
+
 /// A connection to Redis.
 pub struct RedisBus {
     connection: ConnectionManager,
     metrics: Metrics,
+    failed: Mutex<Option<Instant>>,
 }
 
 impl RedisBus {
@@ -42,13 +47,22 @@ impl RedisBus {
         Ok(Self {
             connection,
             metrics,
+            failed: Mutex::default(),
         })
+    }
+
+    fn failed(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits a moment for an answer and turns every failure into "not known".
     async fn try_for<T>(&self, call: impl Future<Output = redis::RedisResult<T>>) -> Option<T> {
+        if self.failed().is_some_and(|failed| failed.elapsed() < PAUSE) {
+            return None;
+        }
         let answer = timeout(PATIENCE, call).await;
         let up = matches!(answer, Ok(Ok(_)));
+        *self.failed() = (!up).then(Instant::now);
         self.metrics.redis_up.set(i64::from(up));
         match answer {
             Ok(Ok(value)) => Some(value),

@@ -488,10 +488,14 @@ impl Store for Postgres {
             .collect()
     }
 
-    async fn load(&self, document: &DocumentId) -> Result<Loaded, LoadError> {
+    async fn load_with(
+        &self,
+        document: &DocumentId,
+        copy: Option<(RoomEpoch, StoredSnapshot)>,
+    ) -> Result<Loaded, LoadError> {
         let mut session = self.session(&self.reads).await?;
         let loaded = within(DATA_TIMEOUT, async {
-            Ok(load(session.connection(), document).await)
+            Ok(load(session.connection(), document, copy).await)
         })
         .await
         .map_err(|error| self.failed(error))?;
@@ -993,7 +997,11 @@ async fn listen(pool: PgPool, map_changed: Arc<Notify>) {
 }
 
 /// The load rule, in one consistent view.
-async fn load(connection: &mut PgConnection, document: &DocumentId) -> Result<Loaded, LoadError> {
+async fn load(
+    connection: &mut PgConnection,
+    document: &DocumentId,
+    copy: Option<(RoomEpoch, StoredSnapshot)>,
+) -> Result<Loaded, LoadError> {
     let unavailable = |error| LoadError::Store(StoreError::Unavailable(error));
     let mut view = connection
         .begin_with("begin isolation level repeatable read read only")
@@ -1015,25 +1023,36 @@ async fn load(connection: &mut PgConnection, document: &DocumentId) -> Result<Lo
     let mut reach = after;
     let mut snapshot = None;
     let mut below = i64::MAX;
+    let mut copy = copy.filter(|(life, _)| *life == room_epoch);
     while snapshot.is_none() {
+        let copied = copy.take().map(|(_, copied)| copied);
         let row = sqlx::query(
-            "select seq, sha256, bytes from snapshot where document = $1 and $2 <= seq and seq < $3
-             order by seq desc limit 1",
+            "select seq, sha256, case when seq = $4 then null else bytes end from snapshot
+             where document = $1 and $2 <= seq and seq < $3 order by seq desc limit 1",
         )
         .bind(document.as_str())
         .bind(after.0)
         .bind(below)
+        .bind(copied.as_ref().map(|copied| copied.seq.0))
         .fetch_optional(&mut *view)
         .await
         .map_err(unavailable)?;
         let Some(row) = row else { break };
-        below = get(&row, 0)?;
-        let (seq, bytes) = (Seq(below), Bytes::from(get::<Vec<u8>>(&row, 2)?));
+        let seq = Seq(get(&row, 0)?);
+        let stored = get::<Option<Vec<u8>>>(&row, 2)?.map(Bytes::from);
+        let is_copy = stored.is_none();
+        let bytes = stored
+            .or(copied.map(|copied| copied.bytes))
+            .unwrap_or_default();
         reach = reach.max(seq);
         if snapshot_hash(document, room_epoch, seq, &bytes) == get::<Vec<u8>>(&row, 1)? {
             snapshot = Some(StoredSnapshot { seq, bytes });
             after = seq;
+        } else if is_copy {
+            tracing::warn!(document.id = %document, %seq, "a copy of a snapshot is not what was stored; reading that");
+            below = seq.next().0;
         } else {
+            below = seq.0;
             tracing::error!(document.id = %document, %seq, "a snapshot does not verify; trying the one before");
         }
     }
