@@ -30,6 +30,16 @@ export const bindEditor = ({ container, toolbar, session }) => {
   quill.root.setAttribute('aria-multiline', 'true')
   quill.root.setAttribute('aria-label', 'Text of the document')
   quill.root.setAttribute('aria-description', 'Press Escape to reach the toolbar')
+  // A cursor keeps the name and colour it was made with. The session hears of changes before the
+  // binding does, which then makes the cursor anew.
+  const known = new Map()
+  session.on('people', people => {
+    for (const { id, name, color } of people) {
+      const looks = `${color} ${name}`
+      if (known.get(id) !== looks) quill.getModule('cursors').removeCursor(String(id))
+      known.set(id, looks)
+    }
+  })
   const binding = new QuillBinding(session.text, quill, session.awareness)
   return {
     /** @param {boolean} on whether the user may write */
