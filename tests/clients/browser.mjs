@@ -25,7 +25,7 @@ const commands = {
     const context = await browser.newContext({ viewport: { width, height }, colorScheme: dark ? 'dark' : 'light' })
     context.setDefaultTimeout(timeoutMs)
     await context.addInitScript(watchLight)
-    if (name) await context.addInitScript(name => localStorage.getItem('user.name') ?? localStorage.setItem('user.name', name), name)
+    await context.addInitScript(user, name)
     const page = await context.newPage()
     const problems = []
     page.on('pageerror', error => problems.push(String(error)))
@@ -61,9 +61,9 @@ const commands = {
   async contains ({ page, text }) {
     await page.waitForFunction(text => document.querySelector('.ql-editor').textContent.includes(text), text)
   },
-  /** Waits for an element with a role and name. */
+  /** Waits for an element with a role and a name or text. */
   async sees ({ page, role, name }) {
-    await page.getByRole(role, { name }).first().waitFor()
+    await page.getByRole(role, { name }).or(page.getByRole(role).filter({ hasText: name })).first().waitFor()
   },
   async look ({ page, problems }) {
     const seen = await page.evaluate(() => {
@@ -115,6 +115,13 @@ const commands = {
     await page.context().close()
     windows.delete(window)
   }
+}
+
+/** Runs in each page: a user whose browser has been here, and who likes the same colour as all others. */
+function user (name) {
+  if (localStorage.getItem('user.name')) return
+  localStorage.setItem('user.name', name)
+  localStorage.setItem('user.color', '#1c5fd0')
 }
 
 /** Runs in each page: notes the light's states, and the text each time the light turns to saved. */
