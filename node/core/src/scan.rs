@@ -3,7 +3,8 @@
 //! `yrs` believes what an update says: a few bytes can make it reserve gigabytes, deep nesting aborts
 //! the process, and an update that refers to what is missing can leave a document that can no longer
 //! be encoded. So nothing reaches `yrs`, the log or another client that was not scanned first.
-//! [`scan_update`] checks shape and bounds, [`Scan::missing`] that the update is causally complete.
+//! [`scan_update`] checks shape and bounds, [`Scan::missing`] that the update is causally complete,
+//! [`Places::take`] that it fits the document.
 //!
 //! An update is
 //!
@@ -18,7 +19,7 @@
 //! but the first of a session are, is scanned without allocation, unless it has an embed or a format.
 
 mod causal;
-mod depth;
+mod places;
 mod structs;
 
 use smallvec::SmallVec;
@@ -26,7 +27,7 @@ use smallvec::SmallVec;
 use crate::limits::{STATE_VECTOR_CLIENTS_MAX, UPDATE_DELETE_RANGES_MAX, UPDATE_STRUCTS_MAX};
 
 pub use causal::{Gap, Novelty};
-pub use depth::{Depths, TooDeep};
+pub use places::{Misplaced, Places};
 pub use structs::Id;
 use structs::{Pass, Source};
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use collab_core::scan::{Novelty, ScanError, scan_state_vector, scan_update};
+use collab_core::scan::{Novelty, Places, ScanError, scan_state_vector, scan_update};
 use serde::Deserialize;
 use serde_json::Value;
 use yrs::block::ClientID;
@@ -29,33 +29,38 @@ struct Session {
 #[test]
 fn what_yjs_writes_is_admitted_and_read_as_yjs_reads_it() {
     for session in sessions() {
-        let doc = fresh();
-        for update in &session.log {
-            admit(&doc, &bytes(update));
+        for moves in [false, true] {
+            let mut owner = Owner::default();
+            for update in &session.log {
+                owner.admit(&bytes(update));
+                if moves {
+                    owner = owner.reloaded();
+                }
+            }
+            assert_content(&owner.doc, &session);
         }
-        assert_content(&doc, &session);
 
-        let doc = fresh();
-        admit(&doc, &bytes(&session.state));
-        assert_content(&doc, &session);
+        let mut owner = Owner::default();
+        owner.admit(&bytes(&session.state));
+        assert_content(&owner.doc, &session);
     }
 }
 
 #[test]
 fn what_yrs_writes_is_admitted() {
     for session in sessions() {
-        let doc = fresh();
+        let mut owner = Owner::default();
         let mut since = StateVector::default();
         for (number, update) in session.log.iter().enumerate() {
-            admit(&doc, &bytes(update));
+            owner.admit(&bytes(update));
             if number % 7 == 0 {
-                let txn = doc.transact();
+                let txn = owner.doc.transact();
                 let (whole, vector) = (
                     txn.encode_diff_v1(&StateVector::default()),
                     txn.state_vector(),
                 );
-                let copy = fresh();
-                admit(&copy, &whole);
+                let mut copy = Owner::default();
+                copy.admit(&whole);
                 let since_then = txn.encode_diff_v1(&since);
                 assert_eq!(
                     scan_update(&since_then).unwrap().missing(clocks(&since)),
@@ -70,8 +75,9 @@ fn what_yrs_writes_is_admitted() {
 /// The server edits too, through `yrs`: every kind of content it can write.
 #[test]
 fn what_yrs_types_is_admitted() {
-    let doc = fresh();
-    let copy = fresh();
+    let owner = Owner::default();
+    let mut copy = Owner::default();
+    let doc = &owner.doc;
     let (text, array) = (
         doc.get_or_insert_text("text"),
         doc.get_or_insert_array("array"),
@@ -127,24 +133,26 @@ fn what_yrs_types_is_admitted() {
         edit(&mut txn);
         let update = txn.encode_update_v1();
         drop(txn);
-        admit(&copy, &update);
+        copy.admit(&update);
     }
     assert_eq!(
-        doc.transact().state_vector(),
-        copy.transact().state_vector()
+        owner.doc.transact().state_vector(),
+        copy.doc.transact().state_vector()
     );
     assert_eq!(
-        text.get_string(&doc.transact()),
-        copy.get_or_insert_text("text").get_string(&copy.transact())
+        text.get_string(&owner.doc.transact()),
+        copy.doc
+            .get_or_insert_text("text")
+            .get_string(&copy.doc.transact())
     );
 }
 
 #[test]
 fn the_same_again_is_nothing_new() {
     for session in sessions() {
-        let doc = fresh();
-        admit(&doc, &bytes(&session.state));
-        let vector = doc.transact().state_vector();
+        let mut owner = Owner::default();
+        owner.admit(&bytes(&session.state));
+        let vector = owner.doc.transact().state_vector();
         for update in &session.log {
             let update = bytes(update);
             let scan = scan_update(&update).unwrap();
@@ -172,12 +180,12 @@ fn an_update_that_lacks_its_predecessor_is_a_gap() {
     let mut gaps = 0;
     for session in sessions() {
         for lost in 0..session.log.len() {
-            let doc = fresh();
+            let mut owner = Owner::default();
             for update in &session.log[..lost] {
-                admit(&doc, &bytes(update));
+                owner.admit(&bytes(update));
             }
             let lost_update = bytes(&session.log[lost]);
-            let vector = doc.transact().state_vector();
+            let vector = owner.doc.transact().state_vector();
             let next = session
                 .log
                 .get(lost + 1)
@@ -188,8 +196,8 @@ fn an_update_that_lacks_its_predecessor_is_a_gap() {
             };
             if scan.missing(clocks(&vector)).is_some() {
                 gaps += 1;
-                admit(&doc, &lost_update);
-                let vector = doc.transact().state_vector();
+                owner.admit(&lost_update);
+                let vector = owner.doc.transact().state_vector();
                 assert_eq!(scan.missing(clocks(&vector)), None);
             }
         }
@@ -231,16 +239,16 @@ fn the_admissible_part_is_admitted() {
             let _ = txn.apply_update(Update::decode_v1(&bytes(update)).unwrap());
         }
         let all = yjs_step_2(&pending);
-        let doc = fresh();
+        let mut owner = Owner::default();
         let scan = scan_update(&all).unwrap();
         gaps += usize::from(scan.missing(clocks(&StateVector::default())).is_some());
         skips += scan.summary().skips;
         let taken = scan.admissible(clocks(&StateVector::default()));
-        admit(&doc, &taken);
+        owner.admit(&taken);
         for update in &session.log {
-            admit(&doc, &bytes(update));
+            owner.admit(&bytes(update));
         }
-        assert_content(&doc, &session);
+        assert_content(&owner.doc, &session);
     }
     assert!(gaps > 6 && skips > 6, "{gaps} gaps, {skips} skips");
 }
@@ -253,14 +261,14 @@ fn the_whole_completes_any_part() {
         let whole = bytes(&session.state);
         let scan = scan_update(&whole).unwrap();
         for part in (0..session.log.len()).step_by(3) {
-            let doc = fresh();
+            let mut owner = Owner::default();
             for update in &session.log[..part] {
-                admit(&doc, &bytes(update));
+                owner.admit(&bytes(update));
             }
-            let vector = doc.transact().state_vector();
+            let vector = owner.doc.transact().state_vector();
             overlaps += usize::from(scan.missing(clocks(&vector)).is_some());
-            admit(&doc, &scan.admissible(clocks(&vector)));
-            assert_content(&doc, &session);
+            owner.admit(&scan.admissible(clocks(&vector)));
+            assert_content(&owner.doc, &session);
         }
     }
     assert!(overlaps > 0, "{overlaps}");
@@ -294,17 +302,50 @@ fn clocks(vector: &StateVector) -> impl Fn(u64) -> u32 {
     |client| vector.get(&ClientID::new(client))
 }
 
-/// Applies an update as an owner does.
-fn admit(doc: &Doc, update: &[u8]) {
-    let vector = doc.transact().state_vector();
-    let scan = scan_update(update).unwrap_or_else(|error| panic!("{error}: {update:?}"));
-    assert_eq!(scan.missing(clocks(&vector)), None, "{update:?}");
-    let mut txn = doc.transact_mut();
-    txn.apply_update(Update::decode_v1(update).expect("it was scanned"))
-        .expect("it was admitted");
-    assert!(!txn.has_missing_updates(), "{update:?}");
-    if scan.novelty(clocks(&vector)) == Novelty::Nothing {
-        assert!(!txn.has_changes(), "{update:?}");
+/// A document at its owner.
+struct Owner {
+    doc: Doc,
+    places: Places,
+}
+
+impl Default for Owner {
+    fn default() -> Self {
+        Self {
+            doc: fresh(),
+            places: Places::default(),
+        }
+    }
+}
+
+impl Owner {
+    fn admit(&mut self, update: &[u8]) {
+        let vector = self.doc.transact().state_vector();
+        let scan = scan_update(update).unwrap_or_else(|error| panic!("{error}: {update:?}"));
+        assert_eq!(scan.missing(clocks(&vector)), None, "{update:?}");
+        assert_eq!(
+            self.places.take(&scan, clocks(&vector)),
+            Ok(()),
+            "{update:?}"
+        );
+        let mut txn = self.doc.transact_mut();
+        txn.apply_update(Update::decode_v1(update).expect("it was scanned"))
+            .expect("it was admitted");
+        assert!(!txn.has_missing_updates(), "{update:?}");
+        if scan.novelty(clocks(&vector)) == Novelty::Nothing {
+            assert!(!txn.has_changes(), "{update:?}");
+        }
+    }
+
+    /// What another owner loads.
+    fn reloaded(&self) -> Self {
+        let mut other = Self::default();
+        other.admit(
+            &self
+                .doc
+                .transact()
+                .encode_state_as_update_v1(&StateVector::default()),
+        );
+        other
     }
 }
 

@@ -224,14 +224,14 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
 
     /// Walks as far as it goes. Calls `visit` with each struct that the document has not, in an order
     /// in which they can be integrated.
-    pub(super) fn run(&mut self, mut visit: impl FnMut(Id, &Struct)) {
+    pub(super) fn run(&mut self, mut visit: impl FnMut(Id, &Struct<'a>)) {
         for section in 0..self.sections.len() {
             self.advance(section, &mut visit);
         }
     }
 
     /// Walks a section to its end, and others as far as it needs them.
-    fn advance(&mut self, section: usize, visit: &mut impl FnMut(Id, &Struct)) {
+    fn advance(&mut self, section: usize, visit: &mut impl FnMut(Id, &Struct<'a>)) {
         // Each waits for the next one to reach a clock.
         let mut waiting: SmallVec<[(usize, u32); 4]> =
             smallvec![(section, self.sections[section].end)];
@@ -264,7 +264,7 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
     }
 
     /// Walks one struct, or says what it needs first.
-    fn step(&mut self, section: usize, visit: &mut impl FnMut(Id, &Struct)) -> Result<(), Gap> {
+    fn step(&mut self, section: usize, visit: &mut impl FnMut(Id, &Struct<'a>)) -> Result<(), Gap> {
         let cursor = &self.sections[section];
         let known = cursor.reached;
         let mut rest = cursor.rest;
@@ -282,7 +282,7 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
         if is_new {
             let follows = match read.place {
                 Place::Skipped => false,
-                Place::Root | Place::Inside(_) => {
+                Place::Root { .. } | Place::Inside { .. } => {
                     id.clock >= known || self.overlap == Overlap::IsCut
                 }
                 Place::Beside(..) | Place::Collected => true,

@@ -24,6 +24,7 @@ use crate::wire::varint::{ReadError, Reader, write_var_bytes, write_var_uint};
 const GC: u8 = 0;
 const DELETED: u8 = 1;
 const STRING: u8 = 4;
+const TYPE: u8 = 7;
 const ANY: u8 = 8;
 const SKIP: u8 = 10;
 const KIND: u8 = 0b0001_1111;
@@ -45,33 +46,47 @@ pub struct Id {
 
 /// What the later readings need to know of a struct.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Struct {
+pub(super) struct Struct<'a> {
     /// Clock behind its last.
     pub(super) end: u32,
-    pub(super) place: Place,
+    pub(super) place: Place<'a>,
+    pub(super) content: Content,
 }
 
 /// Where a struct belongs.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Place {
+pub(super) enum Place<'a> {
     /// It only stands for clocks that were left out.
     Skipped,
     /// It was collected, with all that was inside it.
     Collected,
     /// In a type that the document has by name.
-    Root,
+    Root {
+        name: &'a [u8],
+        key: Option<&'a [u8]>,
+    },
     /// In the shared type that this item holds.
-    Inside(Id),
+    Inside { parent: Id, key: Option<&'a [u8]> },
     /// In the type of its origins, of which there is one at least.
     Beside(Option<Id>, Option<Id>),
 }
 
-impl Place {
+/// What an item holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    /// A shared type.
+    Type,
+    /// Something that was deleted, maybe a shared type.
+    Deleted,
+    Other,
+}
+
+impl Place<'_> {
     /// What has to be there before it.
     pub(super) fn refers_to(self) -> impl Iterator<Item = Id> {
         let (first, second) = match self {
-            Self::Skipped | Self::Collected | Self::Root => (None, None),
-            Self::Inside(parent) => (Some(parent), None),
+            Self::Skipped | Self::Collected | Self::Root { .. } => (None, None),
+            Self::Inside { parent, .. } => (Some(parent), None),
             Self::Beside(origin, right_origin) => (origin, right_origin),
         };
         first.into_iter().chain(second)
@@ -200,7 +215,11 @@ impl<'a> Source<'a> {
     }
 
     /// Reads the struct at `id`.
-    pub(super) fn read_struct(&mut self, id: Id, pass: &mut Pass<'_>) -> Result<Struct, ScanError> {
+    pub(super) fn read_struct(
+        &mut self,
+        id: Id,
+        pass: &mut Pass<'_>,
+    ) -> Result<Struct<'a>, ScanError> {
         let info = self.read(Reader::byte)?;
         match info & KIND {
             GC | SKIP if info != info & KIND => {
@@ -211,6 +230,7 @@ impl<'a> Source<'a> {
                 Ok(Struct {
                     end,
                     place: Place::Collected,
+                    content: Content::Deleted,
                 })
             }
             SKIP => {
@@ -221,6 +241,7 @@ impl<'a> Source<'a> {
                 Ok(Struct {
                     end,
                     place: Place::Skipped,
+                    content: Content::Other,
                 })
             }
             kind => {
@@ -231,12 +252,21 @@ impl<'a> Source<'a> {
                 }
                 let len = self.read_content(kind, pass)?;
                 let end = self.clock_behind(id.clock, len)?;
-                Ok(Struct { end, place })
+                let content = match kind {
+                    DELETED => Content::Deleted,
+                    TYPE => Content::Type,
+                    _ => Content::Other,
+                };
+                Ok(Struct {
+                    end,
+                    place,
+                    content,
+                })
             }
         }
     }
 
-    fn read_place(&mut self, info: u8, pass: &Pass<'_>) -> Result<Place, ScanError> {
+    fn read_place(&mut self, info: u8, pass: &Pass<'_>) -> Result<Place<'a>, ScanError> {
         if info & (HAS_ORIGIN | HAS_RIGHT_ORIGIN) != 0 {
             let origin = if info & HAS_ORIGIN == 0 {
                 None
@@ -253,16 +283,21 @@ impl<'a> Source<'a> {
             }
             return Ok(Place::Beside(origin, right_origin));
         }
-        let place = match self.read(Reader::var_uint)? {
-            0 => Place::Inside(self.id()?),
-            1 => {
-                self.text(pass)?;
-                Place::Root
-            }
+        let mut place = match self.read(Reader::var_uint)? {
+            0 => Place::Inside {
+                parent: self.id()?,
+                key: None,
+            },
+            1 => Place::Root {
+                name: self.text(pass)?,
+                key: None,
+            },
             _ => return Err(self.malformed("a parent of unknown kind")),
         };
-        if info & HAS_KEY != 0 {
-            self.text(pass)?;
+        if info & HAS_KEY != 0
+            && let Place::Inside { key, .. } | Place::Root { key, .. } = &mut place
+        {
+            *key = Some(self.text(pass)?);
         }
         Ok(place)
     }
@@ -285,8 +320,7 @@ impl<'a> Source<'a> {
                 self.text(pass)?;
                 self.json(pass)?;
             }
-            // Type
-            7 => {
+            TYPE => {
                 if let Pass::Check(summary) = pass {
                     summary.types += 1;
                 }

@@ -1,0 +1,385 @@
+//! Where everything in a document is, and whether an update fits there.
+//!
+//! Everything in a document stands in a *list*: the content of a shared type, or the values that one
+//! key of a type has had. An item says its list only when it has no neighbours; else it stands where
+//! they stand, which may be as old as the document. `yrs` does not ask whether both neighbours stand
+//! in one list, whether the parent is a type at all, or how deep types are nested: it would then read
+//! freed memory, stop in the middle of an update, or overflow the stack when a type is deleted. No
+//! Yjs client writes such a thing; that is why an update that does is hostile.
+//!
+//! Neighbours in time are mostly neighbours in place, so what is kept are runs of clocks.
+
+use std::collections::BTreeMap;
+
+use super::Scan;
+use super::causal::Walk;
+use super::structs::{Content, Id, Place, Struct};
+use crate::limits::DOCUMENT_DEPTH_MAX;
+
+/// The places of one document.
+#[derive(Debug, Clone, Default)]
+pub struct Places {
+    /// For each client the clocks at which something changes, and what holds from there on.
+    runs: BTreeMap<u64, Vec<Run>>,
+    lists: BTreeMap<List, ListId>,
+    /// How many nested types are around a list, by list.
+    depths: Vec<u16>,
+}
+
+/// An update that does not fit the document. Close the socket (1008).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{what} at clock {clock} of client {client}")]
+pub struct Misplaced {
+    /// What is wrong.
+    pub what: &'static str,
+    /// Whose item it is.
+    pub client: u64,
+    /// Its clock.
+    pub clock: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum List {
+    Root {
+        name: Box<[u8]>,
+        key: Option<Box<[u8]>>,
+    },
+    Inside {
+        parent: (u64, u32),
+        key: Option<Box<[u8]>>,
+    },
+}
+
+type ListId = usize;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    start: u32,
+    at: At,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// Collected, or inside or beside what was.
+    Nowhere,
+    In {
+        list: ListId,
+        content: Content,
+    },
+}
+
+impl Places {
+    /// Takes in an update of which nothing is [missing](Scan::missing), if it fits.
+    ///
+    /// `next_clock` is the document's state vector before the update. What is loaded passes through
+    /// here too, snapshot first, then the log.
+    ///
+    /// # Errors
+    /// When it does not fit. The update is not to be applied then, and nothing of it is taken in.
+    pub fn take(
+        &mut self,
+        scan: &Scan<'_>,
+        next_clock: impl Fn(u64) -> u32,
+    ) -> Result<(), Misplaced> {
+        let lists = self.depths.len();
+        let mut taken = Ok(());
+        Walk::new(scan, &next_clock).run(|id, read| {
+            if taken.is_ok() {
+                taken = self.take_struct(id, read, next_clock(id.client));
+            }
+        });
+        if taken.is_err() {
+            for section in &scan.sections {
+                self.forget(section.client, next_clock(section.client));
+            }
+            self.depths.truncate(lists);
+            self.lists.retain(|_, list| *list < lists);
+        }
+        taken
+    }
+
+    /// Takes in a struct of which the document has the clocks before `known`.
+    fn take_struct(&mut self, id: Id, read: &Struct<'_>, known: u32) -> Result<(), Misplaced> {
+        let misplaced = |what| Misplaced {
+            what,
+            client: id.client,
+            clock: id.clock,
+        };
+        let at = self.place(read).map_err(misplaced)?;
+        if id.clock < known {
+            // What the document has of it decides where the rest goes.
+            let before = self.at(Id {
+                clock: known - 1,
+                ..id
+            });
+            if let (At::In { list: before, .. }, At::In { list, .. }) = (before, at)
+                && before != list
+            {
+                return Err(misplaced("other content than the document has"));
+            }
+        }
+        let runs = self.runs.entry(id.client).or_default();
+        if runs.last().is_none_or(|last| last.at != at) {
+            runs.push(Run {
+                start: id.clock.max(known),
+                at,
+            });
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, read: &Struct<'_>) -> Result<At, &'static str> {
+        let list = match read.place {
+            Place::Skipped | Place::Collected => return Ok(At::Nowhere),
+            Place::Root { name, key } => self.list(
+                List::Root {
+                    name: name.into(),
+                    key: key.map(Box::from),
+                },
+                0,
+            ),
+            Place::Inside { parent, key } => match self.at(parent) {
+                At::Nowhere => return Ok(At::Nowhere),
+                At::In {
+                    content: Content::Other,
+                    ..
+                } => return Err("a parent that is not a type"),
+                At::In {
+                    list,
+                    content: Content::Type | Content::Deleted,
+                } => {
+                    let parent = (parent.client, parent.clock);
+                    let depth = self.depths[list] + 1;
+                    if depth > DOCUMENT_DEPTH_MAX {
+                        return Err("types nested too deep");
+                    }
+                    self.list(
+                        List::Inside {
+                            parent,
+                            key: key.map(Box::from),
+                        },
+                        depth,
+                    )
+                }
+            },
+            Place::Beside(origin, right_origin) => {
+                let list_of = |id: Option<Id>| match self.at(id?) {
+                    At::Nowhere => None,
+                    At::In { list, .. } => Some(list),
+                };
+                match (list_of(origin), list_of(right_origin)) {
+                    (None, None) => return Ok(At::Nowhere),
+                    (Some(left), Some(right)) if left != right => {
+                        return Err("an item between neighbours of different lists");
+                    }
+                    (Some(list), _) | (None, Some(list)) => list,
+                }
+            }
+        };
+        Ok(At::In {
+            list,
+            content: read.content,
+        })
+    }
+
+    fn list(&mut self, list: List, depth: u16) -> ListId {
+        let depths = &mut self.depths;
+        *self.lists.entry(list).or_insert_with(|| {
+            depths.push(depth);
+            depths.len() - 1
+        })
+    }
+
+    fn at(&self, id: Id) -> At {
+        let Some(runs) = self.runs.get(&id.client) else {
+            return At::Nowhere;
+        };
+        let after = runs.partition_point(|run| run.start <= id.clock);
+        after.checked_sub(1).map_or(At::Nowhere, |run| runs[run].at)
+    }
+
+    fn forget(&mut self, client: u64, from: u32) {
+        if let Some(runs) = self.runs.get_mut(&client) {
+            runs.truncate(runs.partition_point(|run| run.start < from));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scan::scan_update;
+    use crate::wire::varint::write_var_uint;
+
+    /// A map in the root "r".
+    const MAP: &[u8] = &[7, 1, 1, b'r', 1];
+    /// Letters in the root "r", in the root "s", and for the key "k" of "r".
+    const ABC: &[u8] = &[4, 1, 1, b'r', 3, b'a', b'b', b'c'];
+    const IN_S: &[u8] = &[4, 1, 1, b's', 1, b'd'];
+    const IN_KEY: &[u8] = &[0x24, 1, 1, b'r', 1, b'k', 1, b'e'];
+
+    #[test]
+    fn both_neighbours_are_in_one_list() {
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[ABC, IN_S, IN_KEY]).unwrap();
+        for (left, right, fits) in [
+            (0, 1, true),
+            (2, 0, true),
+            (0, 3, false),
+            (3, 0, false),
+            (0, 4, false),
+            (4, 3, false),
+        ] {
+            let between = [0xC4, 1, left, 1, right, 1, b'x'];
+            let taken = take(&mut places.clone(), 2, 0, &[&between]);
+            assert_eq!(taken.is_ok(), fits, "between {left} and {right}: {taken:?}");
+        }
+    }
+
+    #[test]
+    fn neighbours_of_neighbours_are_in_the_list_too() {
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[ABC, IN_S]).unwrap();
+        take(
+            &mut places,
+            2,
+            0,
+            &[&[0x84, 1, 2, 1, b'x'], &[0x44, 1, 3, 1, b'y']],
+        )
+        .unwrap();
+        assert!(take(&mut places.clone(), 3, 0, &[&[0xC4, 2, 0, 1, 1, 1, b'z']]).is_ok());
+        assert!(take(&mut places.clone(), 3, 0, &[&[0xC4, 2, 0, 2, 1, 1, b'z']]).is_err());
+    }
+
+    #[test]
+    fn parents_are_types_or_were() {
+        let mut places = Places::default();
+        let deleted = [1, 1, 1, b'r', 4];
+        take(&mut places, 1, 0, &[MAP, ABC, &deleted, &[0, 2]]).unwrap();
+        for (parent, fits) in [(0, true), (2, false), (5, true), (8, true), (9, true)] {
+            let taken = take(&mut places.clone(), 2, 0, &[&[4, 0, 1, parent, 1, b'x']]);
+            assert_eq!(taken.is_ok(), fits, "inside {parent}: {taken:?}");
+        }
+    }
+
+    /// Two devices with one client id.
+    #[test]
+    fn what_goes_on_goes_on_where_it_was() {
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[ABC, IN_S]).unwrap();
+        // "cx" of client 1 behind its "b", where the document has only "c"
+        let scan = |behind: u8| [1, 1, 1, 2, 0x84, 1, behind, 2, b'c', b'x', 0];
+        let known = |_| 3;
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[ABC]).unwrap();
+        take(&mut places, 2, 0, &[IN_S]).unwrap();
+        assert!(
+            places
+                .clone()
+                .take(&scan_update(&scan(1)).unwrap(), known)
+                .is_ok()
+        );
+        let elsewhere = [1, 1, 1, 2, 0x84, 2, 0, 2, b'c', b'x', 0];
+        assert!(
+            places
+                .take(&scan_update(&elsewhere).unwrap(), known)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_leaves_nothing_behind() {
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[ABC]).unwrap();
+        let (runs, lists) = (places.runs.clone(), places.lists.clone());
+        let in_new = [4, 1, 1, b'n', 1, b'x'];
+        take(&mut places, 1, 3, &[&in_new, &[0xC4, 1, 3, 1, 0, 1, b'y']]).unwrap_err();
+        assert_eq!(
+            (places.runs, places.lists, places.depths.len()),
+            (runs, lists, 1)
+        );
+    }
+
+    #[test]
+    fn types_inside_each_other_are_bounded() {
+        let allowed = usize::from(DOCUMENT_DEPTH_MAX) + 1;
+        assert!(
+            Places::default()
+                .take(&scan_update(&nested(allowed)).unwrap(), |_| 0)
+                .is_ok()
+        );
+        for depth in [allowed + 1, 10_000] {
+            let too_deep = Places::default().take(&scan_update(&nested(depth)).unwrap(), |_| 0);
+            assert_eq!(too_deep.unwrap_err().what, "types nested too deep");
+        }
+    }
+
+    /// Each map comes in an update of its own, from another client.
+    #[test]
+    fn nesting_one_by_one_is_bounded_too() {
+        let mut places = Places::default();
+        let taken = (1..10_000_u64)
+            .take_while(|&client| {
+                let map = if client == 1 {
+                    MAP.to_vec()
+                } else {
+                    inside(client - 1, 0)
+                };
+                take(&mut places, client, 0, &[&map]).is_ok()
+            })
+            .count();
+        assert_eq!(taken, usize::from(DOCUMENT_DEPTH_MAX) + 1);
+    }
+
+    #[test]
+    fn what_stands_side_by_side_is_not_deep() {
+        let beside: Vec<_> = (0..100).map(|clock| vec![0x87, 1, clock, 1]).collect();
+        let maps: Vec<&[u8]> = std::iter::once(MAP)
+            .chain(beside.iter().map(Vec::as_slice))
+            .collect();
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &maps).unwrap();
+        assert_eq!(places.runs[&1].len(), 1);
+        assert_eq!(places.depths, [0]);
+    }
+
+    /// Has the document take structs of a client; of all others it has everything.
+    fn take(
+        places: &mut Places,
+        client: u64,
+        clock: u32,
+        structs: &[&[u8]],
+    ) -> Result<(), Misplaced> {
+        let mut update = vec![1];
+        write_var_uint(&mut update, structs.len() as u64);
+        write_var_uint(&mut update, client);
+        write_var_uint(&mut update, clock.into());
+        update.extend(structs.concat());
+        update.push(0);
+        let scan = scan_update(&update).unwrap();
+        let known = |of| if of == client { clock } else { u32::MAX };
+        assert_eq!(scan.missing(known), None);
+        places.take(&scan, known)
+    }
+
+    /// Maps inside each other, of client 1.
+    fn nested(depth: usize) -> Vec<u8> {
+        let mut update = vec![1];
+        write_var_uint(&mut update, depth as u64);
+        update.extend([1, 0]);
+        update.extend(MAP);
+        for clock in 0..depth as u64 - 1 {
+            update.extend(inside(1, clock));
+        }
+        update.push(0);
+        update
+    }
+
+    fn inside(client: u64, clock: u64) -> Vec<u8> {
+        let mut bytes = vec![0x27, 0];
+        write_var_uint(&mut bytes, client);
+        write_var_uint(&mut bytes, clock);
+        bytes.extend([1, b'k', 1]);
+        bytes
+    }
+}
