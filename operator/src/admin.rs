@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::controller::Key;
 
 /// A loop that has not come round for this long hangs, and the process must be restarted.
-const HANGS_AFTER: Duration = Duration::from_secs(300);
+const HANGS_AFTER: Duration = Duration::from_mins(5);
 /// The operator is ready while the API server has answered within this time.
 const IN_TOUCH: Duration = Duration::from_secs(30);
 

@@ -22,7 +22,7 @@ use crate::controller::Context;
 use crate::model::{Action, Applied, Gravity, Manifest, News, Observed, Plan, PodDeletion};
 
 /// What was applied and has not changed is applied again after this time, against edits by others.
-const REAPPLY_AFTER: Duration = Duration::from_secs(60);
+const REAPPLY_AFTER: Duration = Duration::from_mins(1);
 
 /// Why a plan was given up.
 #[derive(Debug, thiserror::Error)]

@@ -52,6 +52,9 @@ pub fn all(
     }
     let mut objects = Vec::new();
     if cluster.spec.postgres.managed.is_some() {
+        if observed.postgres_is_bare {
+            actions.extend(postgres::leftovers(&subject).map(Action::Delete));
+        }
         objects.extend(postgres::objects(&subject));
     }
     if cluster.spec.redis.managed.is_some() {
@@ -134,6 +137,14 @@ impl Subject<'_> {
     }
 }
 
+/// The first bytes of a digest in hexadecimal.
+pub fn short_hex(digest: &[u8], bytes: usize) -> String {
+    digest
+        .iter()
+        .take(bytes)
+        .fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+}
+
 /// A password that needs no quoting anywhere: 32 letters and digits, 190 bits.
 fn password(random: &mut impl rand::Rng) -> String {
     use rand::distr::{Alphanumeric, SampleString as _};
@@ -205,10 +216,11 @@ pub(crate) mod tests {
     }
 
     fn as_yaml(manifests: &[Manifest]) -> String {
-        manifests
+        let documents: Vec<String> = manifests
             .iter()
-            .map(|manifest| format!("---\n{}", serde_yaml::to_string(&manifest.body).unwrap()))
-            .collect()
+            .map(|manifest| serde_yaml::to_string(&manifest.body).unwrap())
+            .collect();
+        documents.join("---\n")
     }
 
     #[test]

@@ -39,7 +39,7 @@ use crate::status;
 /// A watch is opened anew after this time, so that a connection that died silently is noticed.
 const WATCH_SECONDS: u32 = 60;
 /// A pass that takes longer is given up.
-const PASS_MAX: Duration = Duration::from_secs(60);
+const PASS_MAX: Duration = Duration::from_mins(1);
 /// Passes at the same time, each over another cluster.
 const PASSES: u16 = 8;
 /// Between two passes while something is on its way.
@@ -49,7 +49,7 @@ const VISIT_LOAD: Duration = Duration::from_secs(5);
 /// Between two passes when all is as it should be.
 const VISIT_LATER: Duration = Duration::from_secs(10);
 /// Longest wait after a pass that failed.
-const BACKOFF_MAX: Duration = Duration::from_secs(60);
+const BACKOFF_MAX: Duration = Duration::from_mins(1);
 
 /// Namespace and name of a cluster.
 pub type Key = (String, String);
@@ -186,7 +186,7 @@ async fn reconcile(cluster: Arc<CollabCluster>, ctx: Arc<Context>) -> Result<Act
         .get(&key)
         .cloned()
         .unwrap_or_default();
-    let observed = observe(&ctx, &cluster).await?;
+    let observed = Box::pin(observe(&ctx, &cluster)).await?;
     let plan = plan(&cluster, &observed, &memory, &ctx.images, Timestamp::now());
     debug!(cluster = %cluster.name_any(), %plan, "planned");
     let applied = apply(&ctx, &cluster, &observed, &plan).await?;
@@ -227,7 +227,7 @@ fn is_settled(plan: &Plan, status: &CollabClusterStatus) -> bool {
 }
 
 async fn bounded(cluster: Arc<CollabCluster>, ctx: Arc<Context>) -> Result<Action, Error> {
-    let result = tokio::time::timeout(PASS_MAX, reconcile(cluster, Arc::clone(&ctx)))
+    let result = tokio::time::timeout(PASS_MAX, Box::pin(reconcile(cluster, Arc::clone(&ctx))))
         .await
         .unwrap_or(Err(Error::TooSlow));
     let outcome = if result.is_ok() { "success" } else { "error" };

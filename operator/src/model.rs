@@ -3,7 +3,7 @@
 //! A leaf: it knows none of the steps. A [`Plan`] prints as text, one line for each thing to do, and
 //! that text is what its tests compare.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use collab_core::control::{ClusterReport, MemberReport, MemberState};
@@ -22,6 +22,8 @@ pub struct Observed {
     pub node_set: Option<SetView>,
     /// StatefulSet of the managed Postgres.
     pub postgres_set: Option<SetView>,
+    /// Whether it is known that the managed Postgres has no StatefulSet and no volume claim.
+    pub postgres_is_bare: bool,
     /// StatefulSet of the managed Redis.
     pub redis_set: Option<SetView>,
     /// Pods of the nodes, in order of ordinal.
@@ -281,6 +283,8 @@ pub struct Memory {
 pub struct Seen {
     /// Nodes that were live, with what they did.
     pub members: BTreeMap<NodeId, MemberState>,
+    /// Nodes that are registered, did not leave, and whose lease has ended.
+    pub lost: BTreeSet<NodeId>,
     /// Slots adopted so far.
     pub adoptions: u64,
     /// Whether the store answered.

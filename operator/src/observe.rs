@@ -9,7 +9,7 @@ use collab_crds::collabcluster::SecretKey;
 use collab_crds::names::{INTERNAL_PORT, Names};
 use futures::future::{join_all, try_join_all};
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{Node as KubeNode, Pod, Secret};
+use k8s_openapi::api::core::v1::{Node as KubeNode, PersistentVolumeClaim, Pod, Secret};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DynamicObject, ListParams};
 use kube::core::GroupVersion;
@@ -22,8 +22,10 @@ use crate::model::{Credential, Credentials, Observed, PodMonitorView, PodView, S
 
 /// Nodes that are asked for the report, one after the other, before a pass goes on without.
 const ASKED_MAX: usize = 4;
+/// Instances that a managed Postgres may have had.
+const INSTANCES_MAX: u32 = 3;
 /// How long the answer to "are PodMonitors known here" is believed.
-const DISCOVERY_FRESH: Duration = Duration::from_secs(60);
+const DISCOVERY_FRESH: Duration = Duration::from_mins(1);
 
 /// Why nothing could be observed.
 #[derive(Debug, thiserror::Error)]
@@ -67,9 +69,12 @@ pub async fn observe(ctx: &Context, cluster: &CollabCluster) -> Result<Observed,
         .as_ref()
         .filter(|control| control.stored)
         .and_then(|control| control.data.get("token"));
+    let postgres_is_bare =
+        postgres_set.is_none() && !has_volumes(ctx, &namespace, &postgres_name).await;
     let mut observed = Observed {
         node_set,
         postgres_set,
+        postgres_is_bare,
         redis_set,
         pods,
         missing,
@@ -96,6 +101,20 @@ async fn set(api: &Api<StatefulSet>, name: &str) -> Result<Option<SetView>, Obse
             revision: status.update_revision.filter(|_| current),
         }
     }))
+}
+
+/// Whether an earlier Postgres of this name left a volume. One that cannot be looked for may exist.
+async fn has_volumes(ctx: &Context, namespace: &str, postgres: &str) -> bool {
+    let claims = Api::<PersistentVolumeClaim>::namespaced(ctx.client.clone(), namespace);
+    for instance in 0..INSTANCES_MAX {
+        let claim = claims
+            .get_metadata_opt(&format!("data-{postgres}-{instance}"))
+            .await;
+        if !matches!(claim, Ok(None)) {
+            return true;
+        }
+    }
+    false
 }
 
 async fn pods(
@@ -380,7 +399,7 @@ async fn report(ctx: &Context, key: &Key, observed: &mut Observed, token: &str) 
                 return;
             }
             Ok(_) => {
-                observed.silence = format!("{address} reports another number of owners than slots")
+                observed.silence = format!("{address} reports another number of owners than slots");
             }
             Err(error) => observed.silence = error.to_string(),
         }

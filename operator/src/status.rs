@@ -480,7 +480,7 @@ impl View<'_> {
             Some(set) if 0 < set.ready => unknown(reason::NO_NODE_ANSWERS, self.silence()),
             _ => no(
                 reason::POSTGRES_UNAVAILABLE,
-                "no instance of Postgres is ready yet; if its volumes were deleted on purpose, delete its Services -config and -sync too",
+                "no instance of Postgres is ready yet",
             ),
         }
     }

@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 use collab_crds::collabcluster::{ManagedPostgres, StorageSpec};
 use collab_crds::names::{CONFIG_HASH_ANNOTATION, Component, Names, PATRONI_PORT, POSTGRES_PORT};
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Service, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::{Subject, pod};
+use super::{Subject, pod, short_hex};
 use crate::model::{Credential, Manifest};
 
 /// User and group of the image.
@@ -24,6 +24,9 @@ const USER: i64 = 101;
 const SCOPE_LABEL: &str = "collabcluster.io/scope";
 /// Label in which Patroni writes what an instance is.
 const ROLE_LABEL: &str = "collabcluster.io/role";
+
+/// Ends of the names of the Endpoints that are kept with the volumes.
+const KEPT: [&str; 2] = ["config", "sync"];
 
 /// Draws the Secret with the passwords and the URL of the nodes.
 pub fn draw(names: Names<'_>, namespace: &str, random: &mut impl rand::Rng) -> Credential {
@@ -69,6 +72,16 @@ pub(super) fn objects(subject: &Subject<'_>) -> Vec<Manifest> {
         ));
     }
     objects
+}
+
+/// What an earlier Patroni remembered of volumes that are gone: with it, a new one would wait for ever
+/// for the instance that has them.
+pub(super) fn leftovers(subject: &Subject<'_>) -> [Manifest; 2] {
+    KEPT.map(|kept| {
+        Manifest::of::<Endpoints>(json!({
+            "metadata": { "name": format!("{}-{kept}", subject.names().postgres()) },
+        }))
+    })
 }
 
 /// What becomes of the claims of a StatefulSet that is deleted.
@@ -204,7 +217,7 @@ fn services(subject: &Subject<'_>) -> Vec<Manifest> {
             "spec": { "selector": standbys, "ports": ports },
         })),
     ];
-    services.extend(["config", "sync"].map(|kept| {
+    services.extend(KEPT.map(|kept| {
         Manifest::of::<Service>(json!({
             "metadata": subject.metadata_of_data(&format!("{}-{kept}", names.postgres()), Component::Postgres),
             "spec": { "clusterIP": "None" },
@@ -316,10 +329,5 @@ fn hash(files: &BTreeMap<&str, String>) -> String {
         hasher.update(text.as_bytes());
         hasher.update([0]);
     }
-    let digest = hasher.finalize();
-    digest
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    short_hex(&hasher.finalize(), 8)
 }

@@ -12,7 +12,7 @@ use crate::model::{Credential, Manifest};
 const USER: i64 = 102;
 
 /// The password must not be on a command line, which every process of the machine can read.
-const START: &str = r#"set -eu
+const START: &str = r"set -eu
 umask 077
 cat > /run/redis/redis.conf <<END
 bind * -::*
@@ -25,7 +25,7 @@ maxmemory 192mb
 maxmemory-policy volatile-lru
 END
 exec redis-server /run/redis/redis.conf
-"#;
+";
 
 /// Draws the Secret with the password and the URL.
 pub fn draw(names: Names<'_>, namespace: &str, random: &mut impl rand::Rng) -> Credential {

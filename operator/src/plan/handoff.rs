@@ -7,6 +7,7 @@ use collab_core::ids::NodeId;
 use collab_core::ring::{Ring, WEIGHT_NORMAL, plan_placement};
 use sha2::{Digest as _, Sha256};
 
+use crate::build::short_hex;
 use crate::model::{Observed, Placement, PodView};
 
 /// How a node stands, over all processes that are registered under its name.
@@ -122,10 +123,5 @@ fn hash(nodes: &[NodeId], slots: &[u16]) -> String {
     for slot in slots {
         hasher.update(slot.to_le_bytes());
     }
-    hasher
-        .finalize()
-        .iter()
-        .take(4)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    short_hex(&hasher.finalize(), 4)
 }

@@ -17,8 +17,16 @@ pub fn see(report: &ClusterReport) -> Seen {
             *state = MemberState::Active;
         }
     }
+    let lost = report
+        .members
+        .iter()
+        .map(|member| &member.node)
+        .filter(|node| !members.contains_key(node))
+        .cloned()
+        .collect();
     Seen {
         members,
+        lost,
         adoptions: report.adoptions,
         store: true,
     }
@@ -80,38 +88,23 @@ pub fn between(before: Option<&Seen>, after: &Seen) -> Vec<News> {
             _ => {}
         }
     }
-    for (node, state) in &before.members {
-        if after.members.contains_key(node) {
-            continue;
-        }
-        match state {
-            MemberState::Active => {
-                tell(
-                    Gravity::Warning,
-                    "NodeLost",
-                    "Observe",
-                    Some(node),
-                    format!("node {node} has lost its lease"),
-                );
-            }
-            MemberState::Draining => {
-                tell(
-                    Gravity::Normal,
-                    "NodeLeft",
-                    "Observe",
-                    Some(node),
-                    format!("node {node} left while it drained"),
-                );
-            }
-            MemberState::Drained => {
-                tell(
-                    Gravity::Normal,
-                    "NodeLeft",
-                    "Observe",
-                    Some(node),
-                    format!("node {node} left"),
-                );
-            }
+    for node in before.members.keys() {
+        if after.lost.contains(node) {
+            tell(
+                Gravity::Warning,
+                "NodeLost",
+                "Observe",
+                Some(node),
+                format!("node {node} has lost its lease"),
+            );
+        } else if !after.members.contains_key(node) {
+            tell(
+                Gravity::Normal,
+                "NodeLeft",
+                "Observe",
+                Some(node),
+                format!("node {node} left"),
+            );
         }
     }
     let adopted = after.adoptions.saturating_sub(before.adoptions);

@@ -79,7 +79,7 @@ pub fn fixed(spec: &CollabClusterSpec) -> Verdict {
 /// Connections decide, because a node's cost is its sockets, and a headroom rather than a
 /// utilisation, because people arrive together (Agones' buffer policy). Within the tolerance nothing
 /// changes. A node without a fresh sample counts as idle when growing and as full when shrinking (the
-/// rule of the HorizontalPodAutoscaler), so silence never changes anything.
+/// rule of the `HorizontalPodAutoscaler`), so silence never changes anything.
 pub fn wish(load: &Load, had: i32, policy: &AutoscalingSpec) -> i32 {
     let per_node = positive(policy.target_connections_per_node);
     let tolerance = i128::from(policy.tolerance_percent);
@@ -109,19 +109,19 @@ fn positive(number: i32) -> i128 {
 /// Grows as soon as every wish of the up window asked for it (at once when that window is 0), to at
 /// most twice the nodes or four more within a minute. Shrinks by one node, only when no wish of the
 /// down window asked for more and nothing speaks against it: every node removed costs each of its
-/// documents a handoff, and after a failure people come back. `wishes` holds the recent ones with
-/// the present one last.
+/// documents a handoff, and after a failure people come back. `recent` holds the wishes of the
+/// windows with the present one last.
 pub fn decide(
-    wishes: &[Wish],
+    recent: &[Wish],
     had: i32,
     policy: &AutoscalingSpec,
     now: Timestamp,
     hold: Option<&Hold>,
 ) -> Verdict {
-    let wished = wishes.last().map_or(had, |wish| wish.nodes);
+    let wished = recent.last().map_or(had, |last| last.nodes);
     let within = |seconds: i32| {
         let since = now - SignedDuration::from_secs(i64::from(seconds));
-        wishes.iter().filter(move |wish| since <= wish.at)
+        recent.iter().filter(move |wish| since <= wish.at)
     };
     let bound = |nodes: i32| nodes.clamp(policy.min_nodes, policy.max_nodes.max(policy.min_nodes));
     let up = within(policy.scale_up_window_seconds)
@@ -132,7 +132,7 @@ pub fn decide(
         .map(|wish| wish.nodes)
         .max()
         .unwrap_or(had);
-    let before_growth = wishes
+    let before_growth = recent
         .iter()
         .filter(|wish| now - GROWTH_WINDOW <= wish.at)
         .map(|wish| wish.had)

@@ -14,6 +14,7 @@ use crate::model::{Memory, Observed, Plan, PodMonitorView, PodView, SetView};
 fn the_first_plan() {
     let nothing = Observed {
         credentials: credentials(false),
+        postgres_is_bare: true,
         pod_monitor: PodMonitorView::Absent,
         ..Observed::default()
     };
@@ -77,15 +78,17 @@ fn scale_in_drains_waits_and_only_then_removes() {
     let mut told = String::new();
     for state in ["Active", "Draining", "Drained"] {
         world.nodes[2] = state;
-        told += &format!(
-            "-- demo-node-2 is {state}\n{}",
-            nodes_only(&look(&dev(2), &world.observed(), &mut memory))
+        note(
+            &mut told,
+            &format!("demo-node-2 is {state}"),
+            &nodes_only(&look(&dev(2), &world.observed(), &mut memory)),
         );
     }
     let smaller = World::of(&["Active", "Active"]);
-    told += &format!(
-        "-- demo-node-2 is gone\n{}",
-        nodes_only(&look(&dev(2), &smaller.observed(), &mut memory))
+    note(
+        &mut told,
+        "demo-node-2 is gone",
+        &nodes_only(&look(&dev(2), &smaller.observed(), &mut memory)),
     );
     insta::assert_snapshot!(told);
 }
@@ -159,16 +162,18 @@ fn a_rollout_replaces_one_drained_pod_at_a_time() {
     let mut told = String::new();
     for state in ["Active", "Draining", "Drained", "Ending", "Starting"] {
         world.nodes[2] = state;
-        told += &format!(
-            "-- demo-node-2 is {state}\n{}",
-            nodes_only(&look(&dev(3), &world.observed(), &mut memory))
+        note(
+            &mut told,
+            &format!("demo-node-2 is {state}"),
+            &nodes_only(&look(&dev(3), &world.observed(), &mut memory)),
         );
     }
     world.nodes[2] = "Active";
     world.updated = vec![2];
-    told += &format!(
-        "-- demo-node-2 is new\n{}",
-        nodes_only(&look(&dev(3), &world.observed(), &mut memory))
+    note(
+        &mut told,
+        "demo-node-2 is new",
+        &nodes_only(&look(&dev(3), &world.observed(), &mut memory)),
     );
     insta::assert_snapshot!(told);
 }
@@ -332,16 +337,25 @@ place ",
     plan
 }
 
+/// Adds a step of a script to what was told.
+fn note(told: &mut String, when: &str, plan: &str) {
+    told.push_str("-- ");
+    told.push_str(when);
+    told.push('\n');
+    told.push_str(plan);
+}
+
 /// The lines about nodes; what is built for the cluster has tests of its own.
 fn nodes_only(plan: &Plan) -> String {
-    plan.to_string()
+    let unchanged = format!("apply StatefulSet demo-node of {}", plan.scaling.desired);
+    let text = plan.to_string();
+    let lines: Vec<&str> = text
         .lines()
-        .filter(|line| {
-            !line.starts_with("apply ") || line.starts_with("apply StatefulSet demo-node of")
-        })
-        .filter(|line| *line != format!("apply StatefulSet demo-node of {}", plan.scaling.desired))
-        .map(|line| format!("{line}\n"))
-        .collect()
+        .filter(|line| !line.starts_with("apply ") || line.contains("StatefulSet demo-node "))
+        .filter(|line| *line != unchanged)
+        .chain([""])
+        .collect();
+    lines.join("\n")
 }
 
 fn replicas(plan: &Plan) -> i32 {
