@@ -39,7 +39,7 @@ impl Base {
             .expect("it was encoded")
             .state_vector();
         let mut places = Places::default();
-        let taken = scan_update(&state).map(|scan| places.take(&scan, |_| 0));
+        let taken = scan_update(&state).map(|scan| places.take(&scan));
         assert_eq!(taken, Ok(Ok(())), "it was a document");
         Self {
             state,
@@ -77,7 +77,7 @@ fn no_mutation_that_is_admitted_breaks_a_document() {
         };
         let scan = scan_update(&update).expect("what is admissible is sound");
         assert_eq!(scan.missing(clock), None, "{update:?}");
-        if scan.is_empty() || base.places.clone().take(&scan, clock).is_err() {
+        if scan.is_empty() || base.places.clone().take(&scan).is_err() {
             continue;
         }
         admitted += 1;
@@ -132,7 +132,7 @@ fn live_with(base: &Base, update: &[u8]) -> Result<(), Stage> {
             .encode_state_as_update_v1(&StateVector::default())
     })?;
     match scan_update(&state) {
-        Ok(own) if own.missing(|_| 0).is_none() && Places::default().take(&own, |_| 0).is_ok() => {}
+        Ok(own) if own.missing(|_| 0).is_none() && Places::default().take(&own).is_ok() => {}
         _ => return Err(Stage::ScanningOwnState),
     }
     let copy = fresh();

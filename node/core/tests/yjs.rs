@@ -322,15 +322,14 @@ impl Owner {
         let vector = self.doc.transact().state_vector();
         let scan = scan_update(update).unwrap_or_else(|error| panic!("{error}: {update:?}"));
         assert_eq!(scan.missing(clocks(&vector)), None, "{update:?}");
-        assert_eq!(
-            self.places.take(&scan, clocks(&vector)),
-            Ok(()),
-            "{update:?}"
-        );
+        assert_eq!(self.places.take(&scan), Ok(()), "{update:?}");
         let mut txn = self.doc.transact_mut();
         txn.apply_update(Update::decode_v1(update).expect("it was scanned"))
             .expect("it was admitted");
         assert!(!txn.has_missing_updates(), "{update:?}");
+        for (client, clock) in txn.state_vector().iter() {
+            assert_eq!(self.places.next_clock(client.get()), *clock);
+        }
         if scan.novelty(clocks(&vector)) == Novelty::Nothing {
             assert!(!txn.has_changes(), "{update:?}");
         }

@@ -230,6 +230,11 @@ impl<'a, F: Fn(u64) -> u32> Walk<'a, F> {
         }
     }
 
+    /// The first need that cannot be met.
+    pub(super) fn gap(&self) -> Option<Gap> {
+        self.gap
+    }
+
     /// Walks a section to its end, and others as far as it needs them.
     fn advance(&mut self, section: usize, visit: &mut impl FnMut(Id, &Struct<'a>)) {
         // Each waits for the next one to reach a clock.

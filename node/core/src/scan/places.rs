@@ -12,13 +12,21 @@
 use std::collections::BTreeMap;
 
 use super::Scan;
-use super::causal::Walk;
+use super::causal::{Gap, Walk};
 use super::structs::{Content, Id, Place, Struct};
 use crate::limits::DOCUMENT_DEPTH_MAX;
 
-/// The places of one document.
+/// The places of one document, and how far it is.
 #[derive(Debug, Clone, Default)]
 pub struct Places {
+    /// For each client the clock behind its last: the state vector.
+    ends: BTreeMap<u64, u32>,
+    kept: Kept,
+}
+
+/// What stands where.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Kept {
     /// For each client the clocks at which something changes, and what holds from there on.
     runs: BTreeMap<u64, Vec<Run>>,
     lists: BTreeMap<List, ListId>,
@@ -69,35 +77,52 @@ enum At {
 }
 
 impl Places {
-    /// Takes in an update of which nothing is [missing](Scan::missing), if it fits.
+    /// How many clocks of a client the document has: its entry in the state vector.
+    pub fn next_clock(&self, client: u64) -> u32 {
+        self.ends.get(&client).copied().unwrap_or_default()
+    }
+
+    /// Takes in an update, if nothing is [missing](Scan::missing) and it fits.
     ///
-    /// `next_clock` is the document's state vector before the update. What is loaded passes through
-    /// here too, snapshot first, then the log.
+    /// What is loaded passes through here too, snapshot first, then the log.
     ///
     /// # Errors
     /// When it does not fit. The update is not to be applied then, and nothing of it is taken in.
-    pub fn take(
-        &mut self,
-        scan: &Scan<'_>,
-        next_clock: impl Fn(u64) -> u32,
-    ) -> Result<(), Misplaced> {
-        let lists = self.depths.len();
+    pub fn take(&mut self, scan: &Scan<'_>) -> Result<(), Misplaced> {
+        let Self { ends, kept } = self;
+        let next_clock = |client: u64| ends.get(&client).copied().unwrap_or_default();
+        let lists = kept.depths.len();
         let mut taken = Ok(());
-        Walk::new(scan, &next_clock).run(|id, read| {
+        let mut walk = Walk::new(scan, next_clock);
+        walk.run(|id, read| {
             if taken.is_ok() {
-                taken = self.take_struct(id, read, next_clock(id.client));
+                taken = kept.take_struct(id, read, next_clock(id.client));
             }
         });
+        if let Some(Gap { client, clock }) = walk.gap() {
+            taken = taken.and(Err(Misplaced {
+                what: "something missing",
+                client,
+                clock,
+            }));
+        }
         if taken.is_err() {
             for section in &scan.sections {
-                self.forget(section.client, next_clock(section.client));
+                kept.forget(section.client, next_clock(section.client));
             }
-            self.depths.truncate(lists);
-            self.lists.retain(|_, list| *list < lists);
+            kept.depths.truncate(lists);
+            kept.lists.retain(|_, list| *list < lists);
+            return taken;
         }
-        taken
+        for section in &scan.sections {
+            let end = ends.entry(section.client).or_default();
+            *end = section.end.max(*end);
+        }
+        Ok(())
     }
+}
 
+impl Kept {
     /// Takes in a struct of which the document has the clocks before `known`.
     fn take_struct(&mut self, id: Id, read: &Struct<'_>, known: u32) -> Result<(), Misplaced> {
         let misplaced = |what| Misplaced {
@@ -266,38 +291,24 @@ mod tests {
     #[test]
     fn what_goes_on_goes_on_where_it_was() {
         let mut places = Places::default();
-        take(&mut places, 1, 0, &[ABC, IN_S]).unwrap();
-        // "cx" of client 1 behind its "b", where the document has only "c"
-        let scan = |behind: u8| [1, 1, 1, 2, 0x84, 1, behind, 2, b'c', b'x', 0];
-        let known = |_| 3;
-        let mut places = Places::default();
         take(&mut places, 1, 0, &[ABC]).unwrap();
+        // "cx" of client 1 behind its "b", where the document has only "c"
+        let goes_on = [1, 1, 1, 2, 0x84, 1, 1, 2, b'c', b'x', 0];
         take(&mut places, 2, 0, &[IN_S]).unwrap();
-        assert!(
-            places
-                .clone()
-                .take(&scan_update(&scan(1)).unwrap(), known)
-                .is_ok()
-        );
+        assert!(places.clone().take(&scan_update(&goes_on).unwrap()).is_ok());
         let elsewhere = [1, 1, 1, 2, 0x84, 2, 0, 2, b'c', b'x', 0];
-        assert!(
-            places
-                .take(&scan_update(&elsewhere).unwrap(), known)
-                .is_err()
-        );
+        assert!(places.take(&scan_update(&elsewhere).unwrap()).is_err());
     }
 
     #[test]
     fn what_does_not_fit_leaves_nothing_behind() {
         let mut places = Places::default();
         take(&mut places, 1, 0, &[ABC]).unwrap();
-        let (runs, lists) = (places.runs.clone(), places.lists.clone());
+        let kept = places.kept.clone();
         let in_new = [4, 1, 1, b'n', 1, b'x'];
         take(&mut places, 1, 3, &[&in_new, &[0xC4, 1, 3, 1, 0, 1, b'y']]).unwrap_err();
-        assert_eq!(
-            (places.runs, places.lists, places.depths.len()),
-            (runs, lists, 1)
-        );
+        assert_eq!(places.kept, kept);
+        assert_eq!(places.next_clock(1), 3);
     }
 
     #[test]
@@ -305,11 +316,11 @@ mod tests {
         let allowed = usize::from(DOCUMENT_DEPTH_MAX) + 1;
         assert!(
             Places::default()
-                .take(&scan_update(&nested(allowed)).unwrap(), |_| 0)
+                .take(&scan_update(&nested(allowed)).unwrap())
                 .is_ok()
         );
         for depth in [allowed + 1, 10_000] {
-            let too_deep = Places::default().take(&scan_update(&nested(depth)).unwrap(), |_| 0);
+            let too_deep = Places::default().take(&scan_update(&nested(depth)).unwrap());
             assert_eq!(too_deep.unwrap_err().what, "types nested too deep");
         }
     }
@@ -339,11 +350,11 @@ mod tests {
             .collect();
         let mut places = Places::default();
         take(&mut places, 1, 0, &maps).unwrap();
-        assert_eq!(places.runs[&1].len(), 1);
-        assert_eq!(places.depths, [0]);
+        assert_eq!(places.kept.runs[&1].len(), 1);
+        assert_eq!(places.kept.depths, [0]);
     }
 
-    /// Has the document take structs of a client; of all others it has everything.
+    /// Has the document take structs of a client.
     fn take(
         places: &mut Places,
         client: u64,
@@ -356,10 +367,7 @@ mod tests {
         write_var_uint(&mut update, clock.into());
         update.extend(structs.concat());
         update.push(0);
-        let scan = scan_update(&update).unwrap();
-        let known = |of| if of == client { clock } else { u32::MAX };
-        assert_eq!(scan.missing(known), None);
-        places.take(&scan, known)
+        places.take(&scan_update(&update).unwrap())
     }
 
     /// Maps inside each other, of client 1.
