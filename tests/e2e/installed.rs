@@ -197,7 +197,9 @@ impl<'cluster> Collab<'cluster> {
         self.namespace.kubectl(&arguments).await?;
         for pod in &pods {
             self.namespace
-                .until("the pod is back", Duration::from_mins(1), || async { self.namespace.get(&["pod", pod]).await })
+                .until("the pod is back", Duration::from_mins(1), || async {
+                    self.namespace.get(&["pod", pod]).await
+                })
                 .await?;
             self.namespace
                 .wait(&format!("pod/{pod}"), "Ready", Duration::from_mins(1))

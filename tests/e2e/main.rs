@@ -70,6 +70,9 @@ const KILLED: &str = "a_killed_run_leaves_nothing_in_the_way";
 /// Makes the program inside start a cluster of one kube node, say so, and wait to be killed.
 const HOLD: &str = "COLLAB_E2E_HOLD";
 
+/// Says that the programs are up to date.
+const BUILT: &str = "COLLAB_PROGRAMS_BUILT";
+
 fn main() -> ExitCode {
     let result = if kubernetes::inside() {
         inside()
@@ -207,7 +210,7 @@ fn a_killed_run_leaves_nothing_in_the_way(state: &Path) -> Result<()> {
 /// The programs and images that the cluster needs, made if they are not there.
 fn parts() -> Result<(Tools, Vec<images::Image>)> {
     let tools = Tools::build()?;
-    if !kubernetes::inside() {
+    if !kubernetes::inside() && std::env::var_os(BUILT).is_none() {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--workspace", "--bins", "--tests"]);
         if !cfg!(debug_assertions) {

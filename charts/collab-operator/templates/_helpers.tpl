@@ -91,6 +91,10 @@ seccompProfile: {type: RuntimeDefault}
 - apiGroups: [""]
   resources: [pods]
   verbs: [delete, get, list, patch, update, watch]
+# To forget what a Postgres remembered of volumes that are gone.
+- apiGroups: [""]
+  resources: [persistentvolumeclaims]
+  verbs: [get]
 # Nobody may grant what he does not hold. This, with pods above and the creation of services, is what the Patroni of
 # each managed Postgres gets in its own namespace.
 - apiGroups: [""]

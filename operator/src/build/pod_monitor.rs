@@ -23,8 +23,16 @@ pub(super) fn action(subject: &Subject<'_>, view: PodMonitorView) -> Option<Acti
             "metadata": subject.metadata(&subject.names().node(), Component::Node),
             "spec": {
                 "selector": { "matchLabels": subject.names().selector(Component::Node) },
-                "podMetricsEndpoints": [{ "port": "internal", "path": "/metrics", "interval": "15s" }],
-                "podTargetLabels": [collab_crds::names::INSTANCE_LABEL],
+                "podMetricsEndpoints": [{
+                    "port": "internal",
+                    "path": "/metrics",
+                    "interval": "15s",
+                    // The dashboards choose by the name of the cluster.
+                    "relabelings": [{
+                        "sourceLabels": ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"],
+                        "targetLabel": "cluster",
+                    }],
+                }],
             },
         }),
     );

@@ -71,6 +71,9 @@ impl Prometheus {
                     labels.insert(name.replace(['.', '/', '-'], "_"), value.clone());
                 }
             }
+            if let Some(cluster) = labels.get("app_kubernetes_io_instance").cloned() {
+                labels.insert("cluster".into(), cluster);
+            }
             labels.insert("namespace".into(), namespace.name().into());
             labels.insert("pod".into(), pod["metadata"]["name"].clone());
             for container in pod["spec"]["containers"].as_array().into_iter().flatten() {
