@@ -3,9 +3,9 @@
 //! Everything in a document stands in a *list*: the content of a shared type, or the values that one
 //! key of a type has had. An item says its list only when it has no neighbours; else it stands where
 //! they stand, which may be as old as the document. `yrs` does not ask whether both neighbours stand
-//! in one list, whether the parent is a type at all, or how deep types are nested: it would then read
-//! freed memory, stop in the middle of an update, or overflow the stack when a type is deleted. No
-//! Yjs client writes such a thing; that is why an update that does is hostile.
+//! in one list, whether the parent is a type at all, how deep types are nested, or whether the values
+//! of a key are values that follow each other: it would then read freed memory, stop in the middle of
+//! an update, or overflow the stack when a type is deleted. No Yjs client writes such a thing.
 //!
 //! Neighbours in time are mostly neighbours in place, so what is kept are runs of clocks.
 
@@ -30,8 +30,16 @@ struct Kept {
     /// For each client the clocks at which something changes, and what holds from there on.
     runs: BTreeMap<u64, Vec<Run>>,
     lists: BTreeMap<List, ListId>,
-    /// How many nested types are around a list, by list.
-    depths: Vec<u16>,
+    /// What else is known of each list.
+    kinds: Vec<Kind>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    /// How many nested types are around it.
+    depth: u16,
+    /// Whether it holds the values of a key.
+    keyed: bool,
 }
 
 /// An update that does not fit the document. Close the socket (1008).
@@ -91,7 +99,7 @@ impl Places {
     pub fn take(&mut self, scan: &Scan<'_>) -> Result<(), Misplaced> {
         let Self { ends, kept } = self;
         let next_clock = |client: u64| ends.get(&client).copied().unwrap_or_default();
-        let lists = kept.depths.len();
+        let lists = kept.kinds.len();
         let mut taken = Ok(());
         let mut walk = Walk::new(scan, next_clock);
         walk.run(|id, read| {
@@ -110,7 +118,7 @@ impl Places {
             for section in &scan.sections {
                 kept.forget(section.client, next_clock(section.client));
             }
-            kept.depths.truncate(lists);
+            kept.kinds.truncate(lists);
             kept.lists.retain(|_, list| *list < lists);
             return taken;
         }
@@ -154,39 +162,53 @@ impl Kept {
     }
 
     fn place(&mut self, read: &Struct<'_>) -> Result<At, &'static str> {
-        let list = match read.place {
+        let (list, has_right) = match read.place {
             Place::Skipped | Place::Collected => return Ok(At::Nowhere),
-            Place::Root { name, key } => self.list(
-                List::Root {
+            Place::Root { name, key } => {
+                let list = List::Root {
                     name: name.into(),
                     key: key.map(Box::from),
-                },
-                0,
-            ),
-            Place::Inside { parent, key } => match self.at(parent) {
-                At::Nowhere => return Ok(At::Nowhere),
-                At::In {
-                    content: Content::Other,
-                    ..
-                } => return Err("a parent that is not a type"),
-                At::In {
-                    list,
-                    content: Content::Type | Content::Deleted,
-                } => {
-                    let parent = (parent.client, parent.clock);
-                    let depth = self.depths[list] + 1;
-                    if depth > DOCUMENT_DEPTH_MAX {
-                        return Err("types nested too deep");
-                    }
+                };
+                (
                     self.list(
-                        List::Inside {
-                            parent,
-                            key: key.map(Box::from),
+                        list,
+                        Kind {
+                            depth: 0,
+                            keyed: key.is_some(),
                         },
-                        depth,
-                    )
+                    ),
+                    false,
+                )
+            }
+            Place::Inside { parent, key } => {
+                let outer = match self.at(parent) {
+                    At::Nowhere => return Ok(At::Nowhere),
+                    At::In {
+                        list,
+                        content: Content::Type | Content::Deleted,
+                    } => list,
+                    At::In { .. } => return Err("a parent that is not a type"),
+                };
+                let depth = self.kinds[outer].depth + 1;
+                if depth > DOCUMENT_DEPTH_MAX {
+                    return Err("types nested too deep");
                 }
-            },
+                let parent = (parent.client, parent.clock);
+                let list = List::Inside {
+                    parent,
+                    key: key.map(Box::from),
+                };
+                (
+                    self.list(
+                        list,
+                        Kind {
+                            depth,
+                            keyed: key.is_some(),
+                        },
+                    ),
+                    false,
+                )
+            }
             Place::Beside(origin, right_origin) => {
                 let list_of = |id: Option<Id>| match self.at(id?) {
                     At::Nowhere => None,
@@ -197,21 +219,25 @@ impl Kept {
                     (Some(left), Some(right)) if left != right => {
                         return Err("an item between neighbours of different lists");
                     }
-                    (Some(list), _) | (None, Some(list)) => list,
+                    (Some(list), _) | (None, Some(list)) => (list, right_origin.is_some()),
                 }
             }
         };
+        // A new value of a key comes behind all others.
+        if self.kinds[list].keyed && (has_right || read.content == Content::Text) {
+            return Err("a value of a key that no client writes");
+        }
         Ok(At::In {
             list,
             content: read.content,
         })
     }
 
-    fn list(&mut self, list: List, depth: u16) -> ListId {
-        let depths = &mut self.depths;
+    fn list(&mut self, list: List, kind: Kind) -> ListId {
+        let kinds = &mut self.kinds;
         *self.lists.entry(list).or_insert_with(|| {
-            depths.push(depth);
-            depths.len() - 1
+            kinds.push(kind);
+            kinds.len() - 1
         })
     }
 
@@ -238,10 +264,10 @@ mod tests {
 
     /// A map in the root "r".
     const MAP: &[u8] = &[7, 1, 1, b'r', 1];
-    /// Letters in the root "r", in the root "s", and for the key "k" of "r".
+    /// Letters in the root "r" and in the root "s", and a value for the key "k" of "r".
     const ABC: &[u8] = &[4, 1, 1, b'r', 3, b'a', b'b', b'c'];
     const IN_S: &[u8] = &[4, 1, 1, b's', 1, b'd'];
-    const IN_KEY: &[u8] = &[0x24, 1, 1, b'r', 1, b'k', 1, b'e'];
+    const IN_KEY: &[u8] = &[0x28, 1, 1, b'r', 1, b'k', 1, 126];
 
     #[test]
     fn both_neighbours_are_in_one_list() {
@@ -274,6 +300,27 @@ mod tests {
         .unwrap();
         assert!(take(&mut places.clone(), 3, 0, &[&[0xC4, 2, 0, 1, 1, 1, b'z']]).is_ok());
         assert!(take(&mut places.clone(), 3, 0, &[&[0xC4, 2, 0, 2, 1, 1, b'z']]).is_err());
+    }
+
+    #[test]
+    fn values_of_a_key_are_values_and_follow_each_other() {
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[IN_KEY]).unwrap();
+        for (what, item, fits) in [
+            ("a value", &[0xA8, 1, 0, 1, 126][..], true),
+            ("a type", &[0xA7, 1, 0, 1], true),
+            ("text", &[0xA4, 1, 0, 1, b'x'], false),
+            ("an embed", &[0xA5, 1, 0, 2, b'{', b'}'], false),
+            ("a value before it", &[0x68, 1, 0, 1, 126], false),
+        ] {
+            assert_eq!(
+                take(&mut places.clone(), 2, 0, &[item]).is_ok(),
+                fits,
+                "{what}"
+            );
+        }
+        let text_of_another_key = [0x24, 1, 1, b'r', 1, b'l', 1, b'x'];
+        assert!(take(&mut places, 2, 0, &[&text_of_another_key]).is_err());
     }
 
     #[test]
@@ -351,7 +398,13 @@ mod tests {
         let mut places = Places::default();
         take(&mut places, 1, 0, &maps).unwrap();
         assert_eq!(places.kept.runs[&1].len(), 1);
-        assert_eq!(places.kept.depths, [0]);
+        assert_eq!(
+            places.kept.kinds,
+            [Kind {
+                depth: 0,
+                keyed: false
+            }]
+        );
     }
 
     /// Has the document take structs of a client.

@@ -24,6 +24,8 @@ use crate::wire::varint::{ReadError, Reader, write_var_bytes, write_var_uint};
 const GC: u8 = 0;
 const DELETED: u8 = 1;
 const STRING: u8 = 4;
+const EMBED: u8 = 5;
+const FORMAT: u8 = 6;
 const TYPE: u8 = 7;
 const ANY: u8 = 8;
 const SKIP: u8 = 10;
@@ -78,7 +80,10 @@ pub(super) enum Content {
     Type,
     /// Something that was deleted, maybe a shared type.
     Deleted,
-    Other,
+    /// Text, or what stands between text: embeds and formats.
+    Text,
+    /// Any other value.
+    Value,
 }
 
 impl Place<'_> {
@@ -241,7 +246,7 @@ impl<'a> Source<'a> {
                 Ok(Struct {
                     end,
                     place: Place::Skipped,
-                    content: Content::Other,
+                    content: Content::Deleted,
                 })
             }
             kind => {
@@ -255,7 +260,8 @@ impl<'a> Source<'a> {
                 let content = match kind {
                     DELETED => Content::Deleted,
                     TYPE => Content::Type,
-                    _ => Content::Other,
+                    STRING | EMBED | FORMAT => Content::Text,
+                    _ => Content::Value,
                 };
                 Ok(Struct {
                     end,
@@ -313,10 +319,8 @@ impl<'a> Source<'a> {
                 self.read(Reader::var_bytes)?;
             }
             STRING => return Ok(utf16_len(self.text(pass)?)),
-            // Embed
-            5 => self.json(pass)?,
-            // Format
-            6 => {
+            EMBED => self.json(pass)?,
+            FORMAT => {
                 self.text(pass)?;
                 self.json(pass)?;
             }
