@@ -110,7 +110,8 @@ impl Handoff {
                     && member.state == MemberState::Active
                     && !member.lease_left.is_zero()
             });
-            if alone {
+            // Nobody can take them, or it cannot be written down who does.
+            if alone || !self.members.lease_held() {
                 break;
             }
             sleep(Duration::from_millis(50)).await;

@@ -102,6 +102,14 @@ kind: CollabCluster
 metadata: {name: NAME}
 spec:
   profile: Dev
+  nodes:
+    affinity:
+      podAntiAffinity:
+        preferredDuringSchedulingIgnoredDuringExecution:
+        - weight: 100
+          podAffinityTerm:
+            topologyKey: kubernetes.io/hostname
+            labelSelector: {matchLabels: {app.kubernetes.io/component: node}}
   postgres: {managed: {nodeSelector: {kubernetes.io/hostname: node1}}}
   redis: {managed: {nodeSelector: {kubernetes.io/hostname: node1}}}
 ";
@@ -171,7 +179,7 @@ metadata: {name: NAME}
 spec:
   profile: Dev
   nodes: {replicas: 2}
-  autoscaling: {enabled: true, minNodes: 2, maxNodes: 4, targetConnectionsPerNode: 80, scaleDownWindowSeconds: 10, cooldownAfterFailoverSeconds: 5}
+  autoscaling: {enabled: true, minNodes: 2, maxNodes: 4, targetConnectionsPerNode: 100, scaleDownWindowSeconds: 10, cooldownAfterFailoverSeconds: 5}
   redis: {disabled: {}}
 ";
     let collab = Collab::apply(cluster, "drill-scale", manifest).await?;

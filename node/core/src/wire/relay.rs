@@ -318,7 +318,7 @@ impl ToEdge {
                 out.put_slice(state_vector);
             }
             Self::CatchUp { update: bytes } | Self::Presence { payload: bytes } => {
-                out.put_slice(bytes)
+                out.put_slice(bytes);
             }
             Self::FanOut { except, update } => {
                 out.put_u8(u8::from(except.is_some()));
