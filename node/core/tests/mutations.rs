@@ -158,6 +158,7 @@ fn live_with(base: &Base, update: &[u8]) -> Result<(), Stage> {
             let _ = apply(&doc, &base.next);
         }
         empty(&doc);
+        empty(&copy);
         doc.transact()
             .encode_state_as_update_v1(&StateVector::default());
     })
@@ -198,7 +199,7 @@ fn roots(doc: &Doc) -> BTreeSet<String> {
         .collect()
 }
 
-/// Deletes whatever is in it.
+/// Deletes whatever is in it. (`yrs` never frees a document that has a subdocument.)
 fn empty(doc: &Doc) {
     for root in roots(doc) {
         let (array, map) = (
