@@ -27,7 +27,7 @@ pub struct Flags {
     /// Embedded: folder of collab.sqlite.
     #[arg(long, env = "COLLAB_DATA", default_value = ".")]
     pub data: PathBuf,
-    /// Postgres of the cluster, postgres://user:password@host/database.
+    /// Postgres of the cluster, `postgres://user:password@host/database`.
     #[arg(
         long,
         env = "COLLAB_DATABASE_URL",
@@ -49,7 +49,7 @@ pub struct Flags {
     /// File that holds the Redis URL.
     #[arg(long, env = "COLLAB_REDIS_URL_FILE")]
     pub redis_url_file: Option<PathBuf>,
-    /// File with the secret of client tokens (JWT, HS256). COLLAB_AUTH_SECRET holds the value itself.
+    /// File with the secret of client tokens (JWT, HS256). `COLLAB_AUTH_SECRET` holds the value itself.
     #[arg(long, env = "COLLAB_AUTH_SECRET_FILE")]
     pub auth_secret_file: Option<PathBuf>,
     /// The secret of client tokens, from the environment only.

@@ -122,13 +122,16 @@ pub enum AskError {
     },
 }
 
+/// Where an answer goes.
+type Reply = oneshot::Sender<Result<Answer, AskError>>;
+
 #[derive(Debug)]
 enum ToDocument {
     Attach(EdgeId, EdgeSender, Bytes),
     FromEdge(EdgeId, ToOwner),
     Detach(EdgeId),
-    Ask(Question, oneshot::Sender<Result<Answer, AskError>>),
-    Delete(oneshot::Sender<Result<Answer, AskError>>),
+    Ask(Question, Reply),
+    Delete(Reply),
     Freeze(oneshot::Sender<()>),
     Thaw,
     Release(Epoch),
@@ -232,7 +235,7 @@ impl Documents {
     async fn send(
         self: &Arc<Self>,
         document: &DocumentId,
-        message: impl FnOnce(oneshot::Sender<Result<Answer, AskError>>) -> ToDocument,
+        message: impl FnOnce(Reply) -> ToDocument,
     ) -> Result<Answer, AskError> {
         let (reply, answer) = oneshot::channel();
         {
@@ -442,7 +445,7 @@ impl Host {
                         Ok(Ok(Err(error))) => error.to_string(),
                         Ok(Err(_)) | Err(_) => "its rows make the CRDT library panic".to_owned(),
                     };
-                    return Err(self.degraded(reason));
+                    return Err(self.degraded(&reason));
                 }
                 Ok(Loaded::Deleted) => {
                     return Err(End::Unavailable(
@@ -463,7 +466,7 @@ impl Host {
                     }
                 }
                 Err(LoadError::Damaged { reason, seq, .. }) => {
-                    return Err(self.degraded(format!("at seq {seq}: {reason}")));
+                    return Err(self.degraded(&format!("at seq {seq}: {reason}")));
                 }
                 Err(LoadError::Store(error)) => self.store_failed(&error).await,
             }
@@ -518,7 +521,7 @@ impl Host {
         sleep(LOAD_RETRY).await;
     }
 
-    fn degraded(&self, reason: String) -> End {
+    fn degraded(&self, reason: &str) -> End {
         tracing::error!(document.id = %self.document, reason, "the stored document is damaged");
         self.documents.set_degraded(|degraded| {
             degraded.insert(self.document.clone());
@@ -606,7 +609,7 @@ struct Owned {
     log_reply: mpsc::UnboundedSender<LogEvent>,
     log_events: mpsc::UnboundedReceiver<LogEvent>,
     /// Answers that wait until what they show is durable.
-    waiting: Vec<(Seq, oneshot::Sender<Result<Answer, AskError>>, Answer)>,
+    waiting: Vec<(Seq, Reply, Answer)>,
     snapshot_running: Option<oneshot::Receiver<Option<Seq>>>,
     presence_changed: bool,
     idle_since: Instant,
@@ -746,26 +749,23 @@ impl Owned {
             | Input::Step1 { peer, .. } => Some(*peer),
             _ => None,
         };
-        match catch_unwind(AssertUnwindSafe(|| self.document.handle(input))) {
-            Ok(effects) => {
-                for effect in effects {
-                    self.perform(effect);
-                }
-                None
+        if let Ok(effects) = catch_unwind(AssertUnwindSafe(|| self.document.handle(input))) {
+            for effect in effects {
+                self.perform(effect);
             }
-            Err(_) => {
-                tracing::error!(document.id = %self.name, "an input made the document panic; it is loaded again");
-                if let Some(peer) = culprit
-                    && let Some(edge) = self.edges.get(&peer.edge)
-                {
-                    let reason = "this input cannot be handled".to_owned();
-                    edge.send(ToEdge::Refused {
-                        connection: peer.connection,
-                        reason,
-                    });
-                }
-                Some(End::Reload)
+            None
+        } else {
+            tracing::error!(document.id = %self.name, "an input made the document panic; it is loaded again");
+            if let Some(peer) = culprit
+                && let Some(edge) = self.edges.get(&peer.edge)
+            {
+                let reason = "this input cannot be handled".to_owned();
+                edge.send(ToEdge::Refused {
+                    connection: peer.connection,
+                    reason,
+                });
             }
+            Some(End::Reload)
         }
     }
 
@@ -842,7 +842,7 @@ impl Owned {
     }
 
     /// Answers now what is durable now, and the rest when it is.
-    fn ask(&mut self, question: &Question, reply: oneshot::Sender<Result<Answer, AskError>>) {
+    fn ask(&mut self, question: &Question, reply: Reply) {
         let answer = match question {
             Question::Text(name) => Answer::Text(self.document.text(name)),
             Question::State => Answer::State(self.document.encode_state()),
@@ -967,7 +967,7 @@ impl Owned {
     }
 
     /// Deletes the document once nothing of it is on its way, and ends.
-    async fn delete(&mut self, reply: oneshot::Sender<Result<Answer, AskError>>) -> Option<End> {
+    async fn delete(&mut self, reply: Reply) -> Option<End> {
         if let Some(end) = self.settle().await {
             return Some(end);
         }

@@ -176,12 +176,9 @@ impl Edge {
                         }
                         sink.flush().await
                     };
-                    match timeout(SEND_TIMEOUT, sent).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(_)) | Err(_) => {
-                            let _ = room.send(FromSocket::Leave { connection });
-                            return 1006;
-                        }
+                    if let Ok(Ok(())) = timeout(SEND_TIMEOUT, sent).await {} else {
+                        let _ = room.send(FromSocket::Leave { connection });
+                        return 1006;
                     }
                 }
                 frame = stream.next(), if 0 < credit.available_permits() => match frame {

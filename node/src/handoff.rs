@@ -23,7 +23,7 @@ use crate::store::{Ownership, Store};
 /// A document that cannot settle for this long keeps its slot for another try.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A drain that finds nobody to take its slots ends after this time; the lease does the rest.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
+const DRAIN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Moves slots to where they belong.
 pub struct Handoff {
@@ -92,7 +92,7 @@ impl Handoff {
                 {
                     Ok(()) => finished = true,
                     Err(error) => {
-                        tracing::warn!(%error, "cannot say yet that the drain is complete")
+                        tracing::warn!(%error, "cannot say yet that the drain is complete");
                     }
                 }
             }
@@ -153,15 +153,14 @@ impl Handoff {
                 .iter()
                 .map(|ownership| self.documents.freeze(ownership.slot)),
         );
-        let moved = match timeout(FREEZE_TIMEOUT, settled).await {
-            Ok(_) => self.store.hand_off(&slots, target).await,
-            Err(_) => {
-                tracing::warn!(
-                    slots = slots.len(),
-                    "slots did not settle in time; they stay for now"
-                );
-                Ok(Vec::new())
-            }
+        let moved = if timeout(FREEZE_TIMEOUT, settled).await.is_ok() {
+            self.store.hand_off(&slots, target).await
+        } else {
+            tracing::warn!(
+                slots = slots.len(),
+                "slots did not settle in time; they stay for now"
+            );
+            Ok(Vec::new())
         };
         let moved = moved.unwrap_or_else(|error| {
             // It may have happened: the fence and the map tell.
@@ -172,15 +171,12 @@ impl Handoff {
         self.members.note(&moved, target);
         let epochs: BTreeMap<_, Epoch> = moved.into_iter().collect();
         for ownership in &slots {
-            let result = match epochs.get(&ownership.slot) {
-                Some(epoch) => {
-                    self.documents.release(ownership.slot, *epoch);
-                    "moved"
-                }
-                None => {
-                    self.documents.thaw(ownership.slot);
-                    "failed"
-                }
+            let result = if let Some(epoch) = epochs.get(&ownership.slot) {
+                self.documents.release(ownership.slot, *epoch);
+                "moved"
+            } else {
+                self.documents.thaw(ownership.slot);
+                "failed"
             };
             self.metrics.handoffs.with_label_values(&[result]).inc();
         }

@@ -932,7 +932,9 @@ mod tests {
 
     fn text_of(updates: &[&Bytes]) -> String {
         let mut reader = Typist::new(99);
-        updates.iter().for_each(|update| reader.receives(update));
+        for update in updates {
+            reader.receives(update);
+        }
         let quill = reader.0.get_or_insert_text("quill");
         quill.get_string(&reader.0.transact())
     }

@@ -151,14 +151,13 @@ async fn create(
     let wanted = body.and_then(|Json(body)| body.id);
     let document = id(&wanted.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()))?;
     claims.to_write(&document)?;
-    match app.owners.ask(&document, Request::Create).await? {
-        Reply::Exists => Err(ApiError::Exists(format!(
+    if app.owners.ask(&document, Request::Create).await? == Reply::Exists {
+        Err(ApiError::Exists(format!(
             "a document named {document} exists; choose another id"
-        ))),
-        _ => {
-            let row = row(&app, &document).await?;
-            Ok((StatusCode::CREATED, Json(DocumentBody::from(row))))
-        }
+        )))
+    } else {
+        let row = row(&app, &document).await?;
+        Ok((StatusCode::CREATED, Json(DocumentBody::from(row))))
     }
 }
 

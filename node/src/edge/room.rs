@@ -225,11 +225,11 @@ impl Room {
             tokio::select! {
                 biased;
                 message = next(&mut self.upstream) => match message {
-                    Some(message) => self.from_owner(message),
+                    Some(message) => self.owner_says(message),
                     None => self.detach(RETRY),
                 },
                 input = self.inputs.recv() => match input {
-                    Some(input) => self.from_socket(input),
+                    Some(input) => self.socket_says(input),
                     None => return,
                 },
                 changed = map.changed() => {
@@ -326,7 +326,7 @@ impl Room {
         }
     }
 
-    fn from_owner(&mut self, message: ToEdge) {
+    fn owner_says(&mut self, message: ToEdge) {
         match message {
             ToEdge::Attached { state_vector, .. } => {
                 self.denied = None;
@@ -353,7 +353,7 @@ impl Room {
                 payload,
             } => {
                 self.with(connection, |socket| {
-                    socket.put(y_websocket::awareness(&payload))
+                    socket.put(y_websocket::awareness(&payload));
                 });
             }
             ToEdge::Step1 {
@@ -443,7 +443,7 @@ impl Room {
         }
     }
 
-    fn from_socket(&mut self, input: FromSocket) {
+    fn socket_says(&mut self, input: FromSocket) {
         match input {
             FromSocket::Join {
                 connection,
@@ -473,7 +473,7 @@ impl Room {
                 state_vector,
             } => {
                 self.with(connection, |socket| {
-                    socket.step1 = Some(state_vector.clone())
+                    socket.step1 = Some(state_vector.clone());
                 });
                 self.to_owner(ToOwner::Step1 {
                     connection,
@@ -490,7 +490,7 @@ impl Room {
                 payload,
             } => {
                 self.with(connection, |socket| {
-                    socket.awareness = Some(payload.clone())
+                    socket.awareness = Some(payload.clone());
                 });
                 self.to_owner(ToOwner::Awareness {
                     connection,

@@ -229,8 +229,7 @@ impl Ledger {
                     .acks_ms
                     .iter()
                     .copied()
-                    .filter(|&at| at <= from_ms)
-                    .next_back()
+                    .rfind(|&at| at <= from_ms)
                     .unwrap_or(from_ms);
                 let after = writer
                     .acks_ms
@@ -259,7 +258,7 @@ impl Ledger {
                 }
             })
             .collect();
-        silences.sort_by(|a, b| b.longest.cmp(&a.longest));
+        silences.sort_by_key(|silence| std::cmp::Reverse(silence.longest));
         silences
     }
 
