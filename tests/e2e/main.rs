@@ -3,6 +3,11 @@
 //! `cargo test -p collab-tests --test e2e [WORD…]` runs those whose names contain one of the words. With `COLLAB_E2E_HOLD=1`
 //! it starts a cluster of one kube node and waits; `nsenter --all --target PID` goes in there, where the first process is PID.
 
+#![allow(
+    clippy::print_stdout,
+    reason = "what was measured is part of a scenario's result"
+)]
+
 mod drills;
 mod harness;
 mod installed;

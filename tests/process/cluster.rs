@@ -25,9 +25,7 @@ async fn a_killed_node_loses_nothing_and_the_others_go_on_within_three_seconds()
     };
     let typists = typing.start()?;
     typists
-        .until(Duration::from_secs(60), |ledger| {
-            ACKED_MIN <= ledger.acked()
-        })
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
         .await?;
 
     let killed = now_ms();
@@ -70,9 +68,7 @@ async fn a_stopped_node_hands_over_under_open_sockets_and_a_new_one_takes_its_sh
     let urls = nodes.urls();
     let typists = Typing::new(urls.clone(), names.clone(), 2).start()?;
     typists
-        .until(Duration::from_secs(60), |ledger| {
-            ACKED_MIN <= ledger.acked()
-        })
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
         .await?;
 
     nodes.add()?;
@@ -112,9 +108,7 @@ async fn acknowledgements_wait_for_postgres_and_redis_does_not_matter() -> Resul
     let names = documents(6);
     let typists = Typing::new(nodes.urls(), names.clone(), 3).start()?;
     typists
-        .until(Duration::from_secs(60), |ledger| {
-            ACKED_MIN <= ledger.acked()
-        })
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
         .await?;
 
     let before = now_ms();

@@ -5,6 +5,11 @@
 //! zombies, links break, commits are slow, torn or lost on their way back. After each run: what was acknowledged is in the
 //! log and in every client exactly once, the log has no hole, and epochs never fall along it.
 
+#![allow(
+    clippy::print_stdout,
+    reason = "what was played is part of a test's result"
+)]
+
 mod world;
 
 use world::{Outcome, World};

@@ -185,7 +185,7 @@ impl World {
                 .iter()
                 .map(|client| client.acked)
                 .sum::<usize>();
-        self.outcome.seconds = self.now as f64 / 1000.0;
+        self.outcome.seconds = std::time::Duration::from_millis(self.now).as_secs_f64();
         self.outcome
     }
 
@@ -193,8 +193,8 @@ impl World {
         match event {
             Event::Edit(client) => self.edit(client),
             Event::Connect(client) => self.connect(client),
-            Event::ToOwner(session, input) => self.to_owner(session, input),
-            Event::ToClient(session, message) => self.to_client(session, message),
+            Event::ToOwner(session, input) => self.owner_gets(session, input),
+            Event::ToClient(session, message) => self.client_gets(session, message),
             Event::Write { owner, seq, update } => self.write(owner, seq, update),
             Event::Answer { owner, seq, held } => self.answer(owner, seq, held),
             Event::Fault => self.fault(),
@@ -288,7 +288,7 @@ impl World {
         );
     }
 
-    fn to_owner(&mut self, session: Session, input: Input) {
+    fn owner_gets(&mut self, session: Session, input: Input) {
         let Some(owner) = self.owners.get_mut(&session.owner) else {
             return;
         };
@@ -416,7 +416,7 @@ impl World {
         }
     }
 
-    fn to_client(&mut self, session: Session, message: ToEdge) {
+    fn client_gets(&mut self, session: Session, message: ToEdge) {
         if self.clients[session.client].session != Some(session) {
             return;
         }
@@ -547,7 +547,7 @@ impl World {
         let waiting = owner.frozen.take().unwrap_or_default();
         let answers = std::mem::take(&mut owner.answers);
         for (session, input) in waiting {
-            self.to_owner(session, input);
+            self.owner_gets(session, input);
         }
         for (seq, held) in answers {
             self.answer(number, seq, held);

@@ -211,6 +211,7 @@ mod tests {
     }
 
     /// What is wrong with a dashboard, as sentences.
+    #[allow(clippy::too_many_lines, reason = "a list of rules")]
     fn problems(dashboard: &Value) -> Vec<String> {
         let mut found = Vec::new();
         let mut expect = |right: bool, problem: String| found.extend((!right).then_some(problem));

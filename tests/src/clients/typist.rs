@@ -400,7 +400,7 @@ mod tests {
         let longest = |from, until| ledger.silences(from, until)[0].longest;
         assert_eq!(longest(250.0, 2500.0), Duration::from_millis(1700));
         assert_eq!(longest(110.0, 150.0), Duration::from_millis(100));
-        assert_eq!(longest(1950.0, 3000.0), Duration::from_millis(1000));
+        assert_eq!(longest(1950.0, 3000.0), Duration::from_secs(1));
     }
 
     fn ledger(events: &[&str]) -> Ledger {
