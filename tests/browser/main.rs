@@ -4,7 +4,7 @@
 //! packages of `tests/clients`. Pictures of what the windows showed go to `target/pictures`.
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use collab_tests::clients::browser::{Browser, Look, Opening, Theme, Window};
+use collab_tests::clients::browser::{Browser, Look, Opening, Place, Theme, Window};
 use collab_tests::clients::{Reading, read, reload};
 use collab_tests::process::{Folder, command, free_port, spawn};
 use std::fs::File;
@@ -21,8 +21,7 @@ async fn two_windows_write_one_document_and_see_each_other() -> Result<()> {
         node.window(&browser, "Ben", "minutes").await?,
     );
 
-    let (a, b) = tokio::join!(anna.write("Anna was here. "), ben.write("Ben was here. "));
-    a.and(b)?;
+    both_write(&anna, &ben, "Anna was here. ", "Ben was here. ").await?;
     both_saved_and_equal(&anna, &ben).await?;
 
     let at_anna = until(&anna, |look| shows_cursor(look, "Ben")).await?;
@@ -50,7 +49,7 @@ async fn two_windows_write_one_document_and_see_each_other() -> Result<()> {
 
     anna.fill("Your name", "Annabel").await?;
     ben.sees("listitem", "Annabel").await?;
-    anna.write("Under another name. ").await?;
+    anna.write(Place::End, "Under another name. ").await?;
     both_saved_and_equal(&anna, &ben).await?;
     until(&ben, |look| shows_cursor(look, "Annabel")).await?;
 
@@ -71,15 +70,14 @@ async fn what_the_light_called_saved_survives_a_kill() -> Result<()> {
         node.window(&browser, "Ben", "draft").await?,
     );
 
-    // Wherever the two come to stand side by side, each of these can be told from all others.
     let words = |who: &str| (0..60).map(|n| format!("{who}{n};")).collect::<Vec<_>>();
     let (of_anna, of_ben) = (words("a"), words("b"));
     let (for_anna, for_ben) = (of_anna.join(" "), of_ben.join(" "));
-    let (a, b, killed) = tokio::join!(anna.write(&for_anna), ben.write(&for_ben), async {
+    let (written, killed) = tokio::join!(both_write(&anna, &ben, &for_anna, &for_ben), async {
         anna.contains("a20;").await?;
         node.kill()
     });
-    a.and(b).and(killed)?;
+    written.and(killed)?;
     for window in [&anna, &ben] {
         let look = window.look().await?;
         assert_eq!(look.light, "offline");
@@ -151,7 +149,7 @@ async fn documents_are_listed_created_and_deleted() -> Result<()> {
     let name = "Ideen/Größe & 100% 漢字?";
     create(&window, name).await?;
     window.light("saved").await?;
-    window.write("first words").await?;
+    window.write(Place::End, "first words").await?;
     window.light("saved").await?;
     let look = window.look().await?;
     assert_eq!(look.documents, [name], "{look:?}");
@@ -196,7 +194,7 @@ async fn the_page_is_accessible_in_light_dark_and_small() -> Result<()> {
             })
             .await?;
         window.light("saved").await?;
-        window.write("Some text. ").await?;
+        window.write(Place::End, "Some text. ").await?;
         window.light("saved").await?;
         window
             .picture(&picture(&format!("{}.png", name.to_lowercase()))?)
@@ -245,6 +243,17 @@ async fn create(window: &Window, name: &str) -> Result<()> {
     window.click("button", "New document").await?;
     window.fill("Name", name).await?;
     window.click("button", "Create").await
+}
+
+/// At once, Anna before a dividing line and Ben after it.
+async fn both_write(anna: &Window, ben: &Window, of_anna: &str, of_ben: &str) -> Result<()> {
+    anna.write(Place::Start, "\n~~~\n").await?;
+    ben.contains("~~~").await?;
+    let written = tokio::join!(
+        anna.write(Place::Start, of_anna),
+        ben.write(Place::End, of_ben)
+    );
+    written.0.and(written.1)
 }
 
 async fn both_saved_and_equal(anna: &Window, ben: &Window) -> Result<()> {

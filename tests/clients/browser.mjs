@@ -36,10 +36,10 @@ const commands = {
     windows.set(window, { page, problems })
     await page.goto(url)
   },
-  /** Types at the end of the text. */
-  async type ({ page, text, delayMs = 20 }) {
+  /** Types at the start or the end of the text. */
+  async type ({ page, text, place = 'End', delayMs = 20 }) {
     await page.locator('.ql-editor[contenteditable=true]').focus()
-    await page.keyboard.press('Control+End')
+    await page.keyboard.press(place === 'Start' ? 'Control+Home' : 'Control+End')
     await page.keyboard.type(text, { delay: delayMs })
   },
   async press ({ page, key }) {

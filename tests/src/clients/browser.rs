@@ -108,6 +108,15 @@ pub enum Theme {
     Dark,
 }
 
+/// Where to write. Two who write at one place at once may split each other's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Before the text.
+    Start,
+    /// After it.
+    End,
+}
+
 /// One window of the browser.
 #[derive(Debug)]
 pub struct Window {
@@ -155,12 +164,13 @@ pub struct Cursor {
 }
 
 impl Window {
-    /// Types at the end of the text, as fast as a good typist, and returns after the last key.
+    /// Types faster than anybody, and returns after the last key.
     ///
     /// # Errors
     /// When there is no text that could be edited.
-    pub async fn write(&self, text: &str) -> Result<()> {
-        self.ask("type", json!({ "text": text })).await.map(drop)
+    pub async fn write(&self, place: Place, text: &str) -> Result<()> {
+        let details = json!({ "text": text, "place": format!("{place:?}") });
+        self.ask("type", details).await.map(drop)
     }
 
     /// Presses a key, named as in `KeyboardEvent.key`, or a combination such as `Control+A`.
