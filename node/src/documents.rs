@@ -750,10 +750,11 @@ impl Owned {
             _ => None,
         };
         if let Ok(effects) = catch_unwind(AssertUnwindSafe(|| self.document.handle(input))) {
+            let reload = effects.contains(&Effect::Reload);
             for effect in effects {
                 self.perform(effect);
             }
-            None
+            reload.then_some(End::Reload)
         } else {
             tracing::error!(document.id = %self.name, "an input made the document panic; it is loaded again");
             if let Some(peer) = culprit
@@ -815,6 +816,9 @@ impl Owned {
                     .updates_refused
                     .with_label_values(&[reason])
                     .inc();
+            }
+            Effect::Reload => {
+                tracing::error!(document.id = %self.name, "an update failed half-way; the document is loaded again");
             }
         }
     }

@@ -346,7 +346,7 @@ impl World {
                         self.perform(number, effects);
                     }
                 }
-                Effect::Presence { .. } | Effect::NotAdmitted { .. } => {}
+                Effect::Presence { .. } | Effect::NotAdmitted { .. } | Effect::Reload => {}
             }
         }
     }
