@@ -162,8 +162,10 @@ struct Socket {
     synced: bool,
     /// Edits that wait for the step 2.
     held: Vec<Bytes>,
-    /// Steps 1 it was sent and has not answered.
+    /// Steps 1 of the present owner that it was sent and has not answered.
     asked: u32,
+    /// Answers still to come to earlier owners. They leave out what those had, which may be lost.
+    asked_before: u32,
     sent: u64,
     durable: u64,
     owed: VecDeque<Owed>,
@@ -282,7 +284,7 @@ impl Room {
             );
             (ToOwnerSender::Remote(channel), from)
         };
-        for (connection, socket) in &mut self.sockets {
+        for (connection, socket) in &self.sockets {
             for message in socket.introduction(*connection) {
                 to.send(message);
             }
@@ -305,6 +307,7 @@ impl Room {
         self.edge.members.look_now();
         for socket in self.sockets.values_mut() {
             socket.held.clear();
+            socket.asked_before += std::mem::take(&mut socket.asked);
             socket.release_credit();
         }
     }
@@ -523,13 +526,14 @@ impl Room {
                 .inc();
             return;
         }
-        let number = socket.take_update(kind, &update, attached);
-        self.to_owner(ToOwner::Update {
-            connection,
-            number,
-            kind,
-            update,
-        });
+        if let Some(number) = socket.take_update(kind, &update, attached) {
+            self.to_owner(ToOwner::Update {
+                connection,
+                number,
+                kind,
+                update,
+            });
+        }
     }
 
     fn to_owner(&self, message: ToOwner) {
@@ -570,6 +574,7 @@ impl Socket {
             synced: false,
             held: Vec::new(),
             asked: 0,
+            asked_before: 0,
             sent: 0,
             durable: 0,
             owed: VecDeque::new(),
@@ -580,8 +585,7 @@ impl Socket {
     }
 
     /// What an owner that does not know this socket is to be told.
-    fn introduction(&mut self, connection: ConnectionId) -> Vec<ToOwner> {
-        self.asked = 0;
+    fn introduction(&self, connection: ConnectionId) -> Vec<ToOwner> {
         let join = ToOwner::Join {
             connection,
             author: self.visitor.author.clone(),
@@ -620,13 +624,19 @@ impl Socket {
         }
     }
 
-    /// Counts an update and notes what is owed for it.
-    fn take_update(&mut self, kind: UpdateKind, update: &Bytes, attached: bool) -> u64 {
+    /// Counts an update and notes what is owed for it. Answers its number, unless it answers an owner
+    /// that is gone: the present one has asked for the same, and more.
+    fn take_update(&mut self, kind: UpdateKind, update: &Bytes, attached: bool) -> Option<u64> {
         self.sent += 1;
+        let late = kind == UpdateKind::Step2 && 0 < self.asked_before;
         let receipt = match kind {
             UpdateKind::Update => Receipt::Echo(update.clone()),
             UpdateKind::Step2 => {
-                self.asked = self.asked.saturating_sub(1);
+                if late {
+                    self.asked_before -= 1;
+                } else {
+                    self.asked = self.asked.saturating_sub(1);
+                }
                 // An update begins with the number of its sections: none, no edits.
                 let has_edits = update.first().is_some_and(|sections| *sections != 0);
                 if has_edits {
@@ -639,7 +649,7 @@ impl Socket {
         if let Receipt::Echo(bytes) = &receipt {
             self.owed_bytes += bytes.len();
         }
-        let holds_credit = attached && self.asked == 0;
+        let holds_credit = attached && !late && self.asked == 0;
         if !holds_credit {
             self.credit.add_permits(1);
         }
@@ -655,7 +665,7 @@ impl Socket {
                 "too much is waiting to be saved; try again",
             );
         }
-        self.sent
+        (!late).then_some(self.sent)
     }
 
     /// The client wants to know when all it sent is durable; that needs its first answer, too.
@@ -718,5 +728,70 @@ async fn next(upstream: &mut Option<Upstream>) -> Option<ToEdge> {
     match upstream {
         Some(upstream) => upstream.from.recv().await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_to_an_owner_that_is_gone_is_not_taken_for_one_to_the_present_owner() {
+        let (mut socket, _queue) = socket();
+        let answer = Bytes::from_static(&[1, 1, 1, 0, 0]);
+        socket.asked = 1;
+        // The owner goes before the answer is here, and the next one asks too.
+        socket.asked_before += std::mem::take(&mut socket.asked);
+        socket.asked += 1;
+        assert_eq!(socket.take_update(UpdateKind::Step2, &answer, true), None);
+        assert_eq!(
+            socket.take_update(UpdateKind::Step2, &answer, true),
+            Some(2)
+        );
+        assert_eq!((socket.asked, socket.asked_before), (0, 0));
+    }
+
+    #[test]
+    fn a_socket_gets_what_it_is_owed_once_and_in_order() {
+        let (mut socket, mut queue) = socket();
+        let seconds = prometheus::Histogram::with_opts(prometheus::HistogramOpts::new("s", "s"));
+        let seconds = seconds.unwrap();
+        let update = |byte| Bytes::copy_from_slice(&[1, byte]);
+        for byte in 1..=3 {
+            socket.take_update(UpdateKind::Update, &update(byte), true);
+        }
+        socket.ask_receipt(Bytes::from_static(b"\x01\x03"));
+        let mut sent = || std::iter::from_fn(|| queue.try_recv().ok()).collect::<Vec<_>>();
+        socket.receipted(2, &seconds);
+        assert_eq!(
+            sent(),
+            [
+                y_websocket::update(&update(1)),
+                y_websocket::update(&update(2))
+            ]
+        );
+        socket.receipted(2, &seconds);
+        assert!(sent().is_empty());
+        socket.receipted(3, &seconds);
+        assert_eq!(
+            sent(),
+            [
+                y_websocket::update(&update(3)),
+                y_websocket::saved(b"\x01\x03")
+            ]
+        );
+    }
+
+    fn socket() -> (Socket, mpsc::Receiver<Bytes>) {
+        let (out, queue) = mpsc::channel(8);
+        let visitor = Visitor {
+            author: String::new(),
+            access: Access::Write,
+        };
+        let credit = Arc::new(Semaphore::new(8));
+        (
+            Socket::new(visitor, out, oneshot::channel().0, credit),
+            queue,
+        )
     }
 }
