@@ -13,13 +13,17 @@ lint:
     cargo clippy --workspace --all-targets -- -D warnings
     npm --prefix node/web run check
 
-# Run tiers of tests: unit sim process browser e2e; all without one
+# Run tiers of tests: unit sim fuzz process browser e2e; all without one
 test *tiers:
     tests/run {{tiers}}
 
 # Run the seeded simulation
 sim:
     tests/run sim
+
+# Feed hostile bytes to all that takes bytes, for this many seconds together
+fuzz seconds="60":
+    COLLAB_FUZZ_SECONDS={{seconds}} tests/run fuzz
 
 # Run the scenarios on a real Kubernetes; words choose among them
 e2e *words:
