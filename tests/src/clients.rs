@@ -108,6 +108,16 @@ impl Script {
         );
     }
 
+    /// Sends the script a line of JSON.
+    ///
+    /// # Errors
+    /// When it does not read any more.
+    pub async fn tell(&mut self, message: &impl Serialize) -> Result<()> {
+        let stdin = self.stdin.as_mut().context("its input is open")?;
+        let line = serde_json::to_string(message)? + "\n";
+        Ok(stdin.write_all(line.as_bytes()).await?)
+    }
+
     /// Lets the script run beside the test, folding its events into `state`.
     pub fn follow<S, T>(
         mut self,
