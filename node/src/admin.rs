@@ -16,7 +16,7 @@ use collab_core::ids::Term;
 
 use crate::api::{ApiError, owners};
 use crate::auth::bearer;
-use crate::peers;
+use crate::peers::{self, websocket};
 use crate::server::App;
 
 /// `/healthz`, `/readyz` and `/metrics`; they tell nothing about documents and need no token.
@@ -35,7 +35,7 @@ pub fn control(app: &Arc<App>) -> Router<Arc<App>> {
         .route("/control/v1/placement", put(placement))
         .route("/control/v1/drain", post(drain))
         .route(owners::ASK_PATH, post(owners::answer))
-        .route(peers::STREAM_PATH, get(stream))
+        .route(websocket::STREAM_PATH, get(stream))
         .layer(middleware::from_fn_with_state(app.clone(), authorized))
 }
 
@@ -204,8 +204,10 @@ fn unless_refused(done: Result<(), Term>) -> Response {
 
 async fn stream(State(app): State<Arc<App>>, upgrade: axum::extract::WebSocketUpgrade) -> Response {
     let upgrade = upgrade
-        .max_message_size(peers::STREAM_MESSAGE_BYTES_MAX)
-        .max_frame_size(peers::STREAM_MESSAGE_BYTES_MAX);
-    upgrade
-        .on_upgrade(move |socket| peers::serve(socket, app.documents.clone(), app.metrics.clone()))
+        .max_message_size(websocket::STREAM_MESSAGE_BYTES_MAX)
+        .max_frame_size(websocket::STREAM_MESSAGE_BYTES_MAX);
+    upgrade.on_upgrade(move |socket| {
+        let link = websocket::accepted(socket);
+        peers::serve(link, app.documents.clone(), app.metrics.clone())
+    })
 }

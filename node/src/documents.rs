@@ -6,7 +6,7 @@
 //! channels of its edges, and they look for the owner again. A panic inside one document throws away
 //! that document's memory and nothing else.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +28,7 @@ use crate::store::{
     Append, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store,
     StoredSnapshot,
 };
+use crate::tasks::Tasks;
 
 mod snapshot;
 
@@ -144,6 +145,7 @@ pub struct Documents {
     log: Log,
     bus: Arc<dyn Bus>,
     metrics: Metrics,
+    tasks: Tasks,
     open: Mutex<Open>,
     next_id: AtomicU64,
     started: Instant,
@@ -151,7 +153,7 @@ pub struct Documents {
 
 #[derive(Default)]
 struct Open {
-    documents: HashMap<DocumentId, Entry>,
+    documents: BTreeMap<DocumentId, Entry>,
     /// Slots that are being handed over: nothing of them is opened.
     frozen: BTreeSet<Slot>,
     /// Documents of this node's slots that were found damaged.
@@ -179,6 +181,7 @@ impl Documents {
         log: Log,
         bus: Arc<dyn Bus>,
         metrics: Metrics,
+        tasks: Tasks,
     ) -> Arc<Self> {
         Arc::new(Self {
             store,
@@ -186,6 +189,7 @@ impl Documents {
             log,
             bus,
             metrics,
+            tasks,
             open: Mutex::default(),
             next_id: AtomicU64::new(1),
             started: Instant::now(),
@@ -304,8 +308,9 @@ impl Documents {
     /// Lets every document go whose slot the map shows elsewhere. Runs as long as the map is followed.
     pub async fn follow_map(self: Arc<Self>) {
         let mut map = self.members.watch();
-        while map.changed().await.is_ok() {
-            let map = map.borrow_and_update().clone();
+        loop {
+            map.changed().await;
+            let map = map.get();
             self.set_degraded(|degraded| {
                 let mine = |document: &DocumentId| {
                     self.members
@@ -368,7 +373,7 @@ impl Documents {
             slot,
             inputs,
         };
-        tokio::spawn(host.run(missing));
+        self.tasks.spawn(host.run(missing));
         task
     }
 
@@ -405,7 +410,7 @@ impl Host {
     async fn run(mut self, missing: Missing) {
         let end = match self.open(missing).await {
             Ok(owned) => owned.serve(&mut self.inputs).await,
-            Err(end) => (end, HashMap::new()),
+            Err(end) => (end, BTreeMap::new()),
         };
         self.finish(end.0, end.1);
     }
@@ -430,7 +435,7 @@ impl Host {
                     log,
                     last,
                 }) => {
-                    let opened = tokio::task::spawn_blocking(move || {
+                    let opened = documents.tasks.compute(move || {
                         let snapshot = snapshot
                             .as_ref()
                             .map(|stored| (stored.seq, stored.bytes.as_ref()));
@@ -486,7 +491,7 @@ impl Host {
             ownership,
             room_epoch,
             document,
-            edges: HashMap::new(),
+            edges: BTreeMap::new(),
             log_reply,
             log_events,
             waiting: Vec::new(),
@@ -501,7 +506,7 @@ impl Host {
         let mut map = members.watch();
         let owned = async {
             loop {
-                map.borrow_and_update();
+                map.get();
                 let frozen = self.documents.open().frozen.contains(&self.slot);
                 if let Some(ownership) = members.ownership(self.slot).filter(|_| !frozen) {
                     return ownership;
@@ -533,7 +538,7 @@ impl Host {
     }
 
     /// Takes the document out of the table and tells everyone who waits, those still in the queue too.
-    fn finish(mut self, end: End, mut edges: HashMap<EdgeId, EdgeSender>) {
+    fn finish(mut self, end: End, mut edges: BTreeMap<EdgeId, EdgeSender>) {
         {
             let mut open = self.documents.open();
             if open
@@ -605,7 +610,7 @@ struct Owned {
     ownership: Ownership,
     room_epoch: RoomEpoch,
     document: Document,
-    edges: HashMap<EdgeId, EdgeSender>,
+    edges: BTreeMap<EdgeId, EdgeSender>,
     log_reply: mpsc::UnboundedSender<LogEvent>,
     log_events: mpsc::UnboundedReceiver<LogEvent>,
     /// Answers that wait until what they show is durable.
@@ -626,7 +631,7 @@ impl Owned {
     async fn serve(
         mut self,
         inputs: &mut mpsc::UnboundedReceiver<ToDocument>,
-    ) -> (End, HashMap<EdgeId, EdgeSender>) {
+    ) -> (End, BTreeMap<EdgeId, EdgeSender>) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut backlog = VecDeque::new();
@@ -958,8 +963,9 @@ impl Owned {
         let (done, running) = oneshot::channel();
         self.snapshot_running = Some(running);
         let documents = self.documents.clone();
-        tokio::spawn(async move {
+        self.documents.tasks.spawn(async move {
             let stored = snapshot::write(
+                &documents.tasks,
                 documents.store.as_ref(),
                 documents.bus.as_ref(),
                 &documents.metrics,

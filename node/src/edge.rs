@@ -4,17 +4,19 @@
 //! one channel to the owner, wherever that is, and finds the new one when it moves; the sockets stay
 //! open meanwhile. The room owns the receipts: it knows what each socket is owed.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::extract::ws::{CloseFrame, Message as WsMessage, WebSocket};
+use axum::extract::ws::{CloseFrame, Message as WsMessage};
 use bytes::Bytes;
 use collab_core::ids::{ConnectionId, DocumentId};
 use collab_core::limits::DRAIN_CLOSES_PER_SECOND;
 use collab_core::wire::y_websocket;
-use futures::{SinkExt, StreamExt};
+use futures::{Sink, SinkExt, Stream, StreamExt};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
@@ -22,6 +24,7 @@ use crate::documents::Documents;
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
+use crate::tasks::Tasks;
 
 mod room;
 
@@ -58,8 +61,10 @@ pub struct Edge {
     members: Arc<Members>,
     peers: Arc<Peers>,
     metrics: Metrics,
-    rooms: Mutex<HashMap<DocumentId, RoomEntry>>,
-    sockets: Mutex<HashMap<ConnectionId, oneshot::Sender<Close>>>,
+    tasks: Tasks,
+    random: Mutex<StdRng>,
+    rooms: Mutex<BTreeMap<DocumentId, RoomEntry>>,
+    sockets: Mutex<BTreeMap<ConnectionId, oneshot::Sender<Close>>>,
     next_id: AtomicU64,
 }
 
@@ -85,18 +90,22 @@ const CLOSE_INVALID: u16 = 1007;
 const CLOSE_POLICY: u16 = 1008;
 
 impl Edge {
-    /// No socket is open yet.
+    /// No socket is open yet. What is left to chance comes from `seed`.
     pub fn new(
         documents: Arc<Documents>,
         members: Arc<Members>,
         peers: Arc<Peers>,
         metrics: Metrics,
+        tasks: Tasks,
+        seed: u64,
     ) -> Arc<Self> {
         Arc::new(Self {
             documents,
             members,
             peers,
             metrics,
+            tasks,
+            random: Mutex::new(StdRng::seed_from_u64(seed)),
             rooms: Mutex::default(),
             sockets: Mutex::default(),
             next_id: AtomicU64::new(1),
@@ -109,7 +118,10 @@ impl Edge {
     }
 
     /// Serves a y-websocket client until either side closes.
-    pub async fn serve(self: Arc<Self>, socket: WebSocket, document: DocumentId, visitor: Visitor) {
+    pub async fn serve<S, E>(self: Arc<Self>, socket: S, document: DocumentId, visitor: Visitor)
+    where
+        S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
+    {
         let connection = ConnectionId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let (close, closed) = oneshot::channel();
         self.lock_sockets().insert(connection, close);
@@ -128,7 +140,8 @@ impl Edge {
         loop {
             let next = {
                 let mut sockets = self.lock_sockets();
-                let any = sockets.keys().next().copied();
+                let any = self.roll().random_range(0..sockets.len().max(1));
+                let any = sockets.keys().nth(any).copied();
                 any.and_then(|connection| sockets.remove(&connection))
             };
             let Some(close) = next else { return };
@@ -137,18 +150,22 @@ impl Edge {
                 code: CLOSE_RESTART,
                 reason,
             });
-            sleep(pause.mul_f64(rand::random_range(0.5..1.5))).await;
+            let jitter = self.roll().random_range(0.5..1.5);
+            sleep(pause.mul_f64(jitter)).await;
         }
     }
 
-    async fn run_socket(
+    async fn run_socket<S, E>(
         self: &Arc<Self>,
-        socket: WebSocket,
+        socket: S,
         document: &DocumentId,
         visitor: Visitor,
         connection: ConnectionId,
         mut closed: oneshot::Receiver<Close>,
-    ) -> u16 {
+    ) -> u16
+    where
+        S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
+    {
         let (mut sink, mut stream) = socket.split();
         let (out, mut queue) = mpsc::channel::<Bytes>(SOCKET_QUEUE_FRAMES_MAX);
         let (kick, mut kicked) = oneshot::channel();
@@ -257,7 +274,8 @@ impl Edge {
         let entry = rooms.entry(document.clone()).or_insert_with(|| {
             let id = self.next_id.fetch_add(1, Ordering::Relaxed);
             let (inputs, receiver) = mpsc::unbounded_channel();
-            tokio::spawn(Room::new(self.clone(), document.clone(), id, receiver).run());
+            let room = Room::new(self.clone(), document.clone(), id, receiver);
+            self.tasks.spawn(room.run());
             RoomEntry { id, inputs }
         });
         // The room leaves the table under this lock before it ends: this is heard.
@@ -286,11 +304,15 @@ impl Edge {
         empty
     }
 
-    fn lock_rooms(&self) -> MutexGuard<'_, HashMap<DocumentId, RoomEntry>> {
+    fn roll(&self) -> MutexGuard<'_, StdRng> {
+        self.random.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_rooms(&self) -> MutexGuard<'_, BTreeMap<DocumentId, RoomEntry>> {
         self.rooms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_sockets(&self) -> MutexGuard<'_, HashMap<ConnectionId, oneshot::Sender<Close>>> {
+    fn lock_sockets(&self) -> MutexGuard<'_, BTreeMap<ConnectionId, oneshot::Sender<Close>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

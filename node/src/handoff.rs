@@ -68,10 +68,8 @@ impl Handoff {
                     continue;
                 }
             }
-            tokio::select! {
-                () = sleep(MAP_POLL_EVERY) => {}
-                changed = map.changed() => if changed.is_err() { return },
-            }
+            // At the latest after a poll.
+            let _ = timeout(MAP_POLL_EVERY, map.changed()).await;
         }
     }
 

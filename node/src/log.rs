@@ -12,13 +12,16 @@ use std::time::Duration;
 
 use collab_core::ids::{DocumentId, Epoch, Seq, Slot};
 use collab_core::limits::{BATCH_BYTES_MAX, BATCH_UPDATES_MAX, BATCHES_IN_FLIGHT_MAX};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::store::{Append, Ownership, Store};
+use crate::tasks::Tasks;
 
 /// Between two tries to resolve a batch whose outcome is not known.
 const RESOLVE_EVERY: Duration = Duration::from_millis(100);
@@ -52,12 +55,14 @@ impl Log {
         store: Arc<dyn Store>,
         members: Arc<Members>,
         metrics: Metrics,
+        tasks: Tasks,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (queue, queued) = mpsc::unbounded_channel();
         let writer = Writer {
             store,
             members,
             metrics,
+            tasks,
         };
         (Self { queue }, run(Arc::new(writer), queued))
     }
@@ -73,24 +78,26 @@ struct Writer {
     store: Arc<dyn Store>,
     members: Arc<Members>,
     metrics: Metrics,
+    tasks: Tasks,
 }
 
 async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
     let mut waiting = VecDeque::<Queued>::new();
     let mut busy = BTreeSet::<Slot>::new();
-    let mut flights = JoinSet::<BTreeSet<Slot>>::new();
+    let mut flights = FuturesUnordered::<JoinHandle<BTreeSet<Slot>>>::new();
     loop {
         tokio::select! {
+            biased;
+            Some(landed) = flights.next() => match landed {
+                Ok(slots) => busy.retain(|slot| !slots.contains(slot)),
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            },
             next = queued.recv() => {
                 let Some(next) = next else { return };
                 waiting.push_back(next);
                 while let Ok(next) = queued.try_recv() {
                     waiting.push_back(next);
                 }
-            }
-            Some(landed) = flights.join_next() => match landed {
-                Ok(slots) => busy.retain(|slot| !slots.contains(slot)),
-                Err(error) => std::panic::resume_unwind(error.into_panic()),
             }
         }
         while flights.len() < BATCHES_IN_FLIGHT_MAX {
@@ -103,11 +110,11 @@ async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
                 .map(|queued| queued.append.ownership.slot)
                 .collect();
             busy.extend(&slots);
-            let writer = writer.clone();
-            flights.spawn(async move {
-                writer.commit(batch).await;
+            let flying = writer.clone();
+            flights.push(writer.tasks.spawn(async move {
+                flying.commit(batch).await;
                 slots
-            });
+            }));
         }
     }
 }

@@ -18,12 +18,13 @@ use collab_core::limits::{
     STOP_OWNING_AFTER,
 };
 use collab_core::ring::{Ring, plan_placement, slot_of};
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use uuid::Uuid;
 
 use crate::metrics::Metrics;
 use crate::store::{Claim, Member, Ownership, Placement, Registration, SlotRow, Store};
+use crate::watched::{Watched, Watcher};
 
 /// Between two looks for lost owners.
 const ADOPTION_EVERY: Duration = Duration::from_millis(50);
@@ -219,7 +220,7 @@ pub struct Members {
     metrics: Metrics,
     registration: Registration,
     slots: u16,
-    map: watch::Sender<Arc<Map>>,
+    map: Watched<Arc<Map>>,
     lease: Mutex<Lease>,
     load: Mutex<LoadSample>,
     look_now: Notify,
@@ -250,7 +251,7 @@ impl Members {
             metrics,
             registration,
             slots,
-            map: watch::Sender::new(Arc::new(Map::default())),
+            map: Watched::default(),
             lease: Mutex::default(),
             load: Mutex::default(),
             look_now: Notify::new(),
@@ -281,12 +282,12 @@ impl Members {
 
     /// The picture now.
     pub fn map(&self) -> Arc<Map> {
-        self.map.borrow().clone()
+        self.map.get()
     }
 
     /// The picture, with a notice of each change.
-    pub fn watch(&self) -> watch::Receiver<Arc<Map>> {
-        self.map.subscribe()
+    pub fn watch(&self) -> Watcher<Arc<Map>> {
+        self.map.watch()
     }
 
     /// Has the map read anew soon: somebody knows of an owner that this node does not.
@@ -296,7 +297,7 @@ impl Members {
 
     /// The right to write a slot, if this node has it by the map. Says nothing of the lease.
     pub fn ownership(&self, slot: Slot) -> Option<Ownership> {
-        let map = self.map.borrow();
+        let map = self.map.get();
         let row = map.owners.get(usize::from(slot.0))?;
         let incarnation = self.incarnation();
         (row.owner == Some(incarnation)).then_some(Ownership {
@@ -325,7 +326,7 @@ impl Members {
     /// Whether this node gives its slots away: it is being stopped, or the operator asked for it.
     pub fn is_draining(&self) -> bool {
         let asked = || {
-            let map = self.map.borrow();
+            let map = self.map.get();
             let me = map.members.get(&self.incarnation());
             me.is_some_and(|known| known.member.state != MemberState::Active)
         };
@@ -335,7 +336,7 @@ impl Members {
     /// Slots owned by the map.
     pub fn owned(&self) -> Vec<Ownership> {
         let incarnation = self.incarnation();
-        let map = self.map.borrow();
+        let map = self.map.get();
         let mine = map
             .owners
             .iter()
@@ -437,6 +438,7 @@ impl Members {
                 Err(error) => tracing::debug!(%error, "cannot read the map"),
             }
             tokio::select! {
+                biased;
                 () = sleep(MAP_POLL_EVERY) => {}
                 () = self.look_now.notified() => {}
                 () = self.store.map_changed() => {}
@@ -551,7 +553,7 @@ impl Members {
     }
 
     async fn learn(&self, members: Vec<Member>, placement_version: i64, read_at: Instant) {
-        let placement = if self.map.borrow().placement.version == placement_version {
+        let placement = if self.map.get().placement.version == placement_version {
             None
         } else {
             self.store.placement().await.ok()
@@ -582,7 +584,7 @@ impl Members {
 
     /// Changes the picture and wakes its watchers when `change` says that they should know.
     fn publish(&self, change: impl FnOnce(&mut Map) -> bool) {
-        self.map.send_if_modified(|map| change(Arc::make_mut(map)));
+        self.map.change(|map| change(Arc::make_mut(map)));
     }
 
     fn lease(&self) -> std::sync::MutexGuard<'_, Lease> {

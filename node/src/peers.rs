@@ -3,48 +3,48 @@
 //! The edge dials. A stream that fails ends all of its channels, and their rooms look at the map again;
 //! nothing is resent here, because what is not receipted is still in the clients.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::extract::ws::{Message as AxumMessage, WebSocket};
 use bytes::Bytes;
-use collab_core::ids::DocumentId;
-use collab_core::limits::FRAME_BYTES_MAX;
+use collab_core::ids::{DocumentId, Epoch};
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner};
 use futures::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
-use tokio_tungstenite::tungstenite::{self, Message};
 use uuid::Uuid;
 
 use crate::documents::{Attachment, Documents, EdgeSender};
 use crate::metrics::Metrics;
+use crate::tasks::Tasks;
 
-/// Path of the stream on the internal listener.
-pub const STREAM_PATH: &str = "/peer/v1/stream";
+pub mod link;
+pub mod websocket;
+
+use link::{Dial, Frame, Link, LinkError};
+
 /// A node that does not take a connection in this time is tried again later.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two signs of life.
 const PING_EVERY: Duration = Duration::from_secs(1);
 /// A stream without a sign of life for this long has failed.
 const SILENCE_MAX: Duration = Duration::from_secs(4);
-/// Snapshots of large documents pass as one message.
-pub const STREAM_MESSAGE_BYTES_MAX: usize = 16 * FRAME_BYTES_MAX;
+/// Frames that are sent before the other direction gets its turn.
+const TURN_FRAMES_MAX: usize = 256;
 
 /// The streams that this node opened.
 pub struct Peers {
-    token: Option<String>,
+    dial: Arc<dyn Dial>,
     metrics: Metrics,
-    links: Mutex<HashMap<Uuid, Link>>,
+    tasks: Tasks,
+    links: Mutex<BTreeMap<Uuid, Opened>>,
     next_link: AtomicU64,
     next_channel: AtomicU32,
 }
 
-struct Link {
+struct Opened {
     id: u64,
     commands: mpsc::UnboundedSender<Command>,
 }
@@ -79,10 +79,11 @@ impl Drop for RemoteChannel {
 
 impl Peers {
     /// No stream is open yet.
-    pub fn new(token: Option<String>, metrics: Metrics) -> Arc<Self> {
+    pub fn new(dial: Arc<dyn Dial>, metrics: Metrics, tasks: Tasks) -> Arc<Self> {
         Arc::new(Self {
-            token,
+            dial,
             metrics,
+            tasks,
             links: Mutex::default(),
             next_link: AtomicU64::new(1),
             next_channel: AtomicU32::new(1),
@@ -113,14 +114,14 @@ impl Peers {
         (remote, receiver)
     }
 
-    fn start(self: &Arc<Self>, incarnation: Uuid, address: &str) -> Link {
+    fn start(self: &Arc<Self>, incarnation: Uuid, address: &str) -> Opened {
         let id = self.next_link.fetch_add(1, Ordering::Relaxed);
         let (commands, mut queue) = mpsc::unbounded_channel();
         let peers = self.clone();
         let address = address.to_owned();
-        tokio::spawn(async move {
+        self.tasks.spawn(async move {
             peers.metrics.relay_links.inc();
-            match run_link(&address, peers.token.as_deref(), &mut queue).await {
+            match run_link(peers.dial.as_ref(), &address, &mut queue).await {
                 Ok(()) => tracing::debug!(address, "a stream to another node ended"),
                 Err(error) => tracing::info!(address, %error, "a stream to another node failed"),
             }
@@ -132,62 +133,43 @@ impl Peers {
             // Channels that were opened meanwhile end here, with the queue.
             queue.close();
         });
-        Link { id, commands }
+        Opened { id, commands }
     }
 
-    fn links(&self) -> MutexGuard<'_, HashMap<Uuid, Link>> {
+    fn links(&self) -> MutexGuard<'_, BTreeMap<Uuid, Opened>> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 async fn run_link(
+    dial: &dyn Dial,
     address: &str,
-    token: Option<&str>,
     queue: &mut mpsc::UnboundedReceiver<Command>,
-) -> Result<(), tungstenite::Error> {
-    let mut request = format!("ws://{address}{STREAM_PATH}").into_client_request()?;
-    if let Some(token) = token
-        && let Ok(value) = format!("Bearer {token}").parse()
-    {
-        request.headers_mut().insert("authorization", value);
-    }
-    let config = WebSocketConfig::default()
-        .max_message_size(Some(STREAM_MESSAGE_BYTES_MAX))
-        .max_frame_size(Some(STREAM_MESSAGE_BYTES_MAX));
-    let connect = tokio_tungstenite::connect_async_with_config(request, Some(config), true);
-    let timed_out = || tungstenite::Error::Io(std::io::ErrorKind::TimedOut.into());
-    let (stream, _) = timeout(CONNECT_TIMEOUT, connect)
+) -> Result<(), LinkError> {
+    let Link {
+        mut outgoing,
+        mut incoming,
+    } = timeout(CONNECT_TIMEOUT, dial.dial(address))
         .await
-        .map_err(|_| timed_out())??;
-    let (mut sink, mut stream) = stream.split();
-    let mut channels = HashMap::<Channel, mpsc::UnboundedSender<ToEdge>>::new();
-    let mut batch = Vec::new();
+        .map_err(|_| LinkError::Silent)??;
+    let mut channels = BTreeMap::<Channel, mpsc::UnboundedSender<ToEdge>>::new();
     let mut heard = Instant::now();
     let mut ping = interval(PING_EVERY);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        let mut next = None;
         tokio::select! {
-            count = queue.recv_many(&mut batch, 256) => {
-                if count == 0 {
-                    return Ok(());
+            biased;
+            _ = ping.tick() => {
+                if SILENCE_MAX <= heard.elapsed() {
+                    return Err(LinkError::Silent);
                 }
-                for command in batch.drain(..) {
-                    match command {
-                        Command::Open(channel, sender) => {
-                            channels.insert(channel, sender);
-                        }
-                        Command::Send(frame) => sink.feed(Message::Binary(frame)).await?,
-                        Command::Close(channel) => {
-                            channels.remove(&channel);
-                        }
-                    }
-                }
-                sink.flush().await?;
+                outgoing.send(Frame::Alive).await?;
             }
-            message = stream.next() => {
+            frame = incoming.next() => {
                 heard = Instant::now();
-                match message {
-                    Some(Ok(Message::Binary(frame))) => match ToEdge::decode(frame) {
+                match frame.transpose()? {
+                    Some(Frame::Data(frame)) => match ToEdge::decode(frame) {
                         Ok((channel, message)) => {
                             if let Some(sender) = channels.get(&channel) {
                                 // A room that has gone on is closing its channel.
@@ -196,74 +178,114 @@ async fn run_link(
                         }
                         Err(error) => tracing::warn!(%error, "a frame of another node was ignored"),
                     },
-                    Some(Ok(Message::Close(_))) | None => return Ok(()),
-                    Some(Ok(_)) => {}
-                    Some(Err(error)) => return Err(error),
+                    Some(Frame::Alive) => {}
+                    None => return Ok(()),
                 }
             }
-            _ = ping.tick() => {
-                if SILENCE_MAX <= heard.elapsed() {
-                    return Err(timed_out());
-                }
-                sink.send(Message::Ping(Bytes::new())).await?;
-            }
+            command = queue.recv() => match command {
+                Some(command) => next = Some(command),
+                None => return Ok(()),
+            },
         }
+        // Whatever woke it, both directions get their turn.
+        let sent = async {
+            let mut fed = false;
+            for _ in 0..TURN_FRAMES_MAX {
+                let Some(command) = next.take().or_else(|| queue.try_recv().ok()) else {
+                    break;
+                };
+                match command {
+                    Command::Open(channel, sender) => {
+                        channels.insert(channel, sender);
+                    }
+                    Command::Send(frame) => {
+                        outgoing.feed(Frame::Data(frame)).await?;
+                        fed = true;
+                    }
+                    Command::Close(channel) => {
+                        channels.remove(&channel);
+                    }
+                }
+            }
+            if fed {
+                outgoing.flush().await?;
+            }
+            Ok(())
+        };
+        timeout(SILENCE_MAX, sent)
+            .await
+            .unwrap_or(Err(LinkError::Silent))?;
     }
 }
 
 /// Serves the stream of another node's edge until either side ends it.
-pub async fn serve(socket: WebSocket, documents: Arc<Documents>, metrics: Metrics) {
+pub async fn serve(link: Link, documents: Arc<Documents>, metrics: Metrics) {
     metrics.relay_links.inc();
-    let (mut sink, mut stream) = socket.split();
+    if let Err(error) = run_served(link, &documents).await {
+        tracing::debug!(%error, "a stream of another node failed");
+    }
+    metrics.relay_links.dec();
+}
+
+async fn run_served(link: Link, documents: &Arc<Documents>) -> Result<(), LinkError> {
+    let Link {
+        mut outgoing,
+        mut incoming,
+    } = link;
     let (out, mut queue) = mpsc::unbounded_channel::<Bytes>();
-    let mut attachments = HashMap::<Channel, Attachment>::new();
-    let mut batch = Vec::new();
+    let mut attachments = BTreeMap::<Channel, Attachment>::new();
     let mut heard = Instant::now();
     let mut look = interval(PING_EVERY);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        let mut next = None;
         tokio::select! {
-            count = queue.recv_many(&mut batch, 256) => {
-                if count == 0 {
-                    break;
-                }
-                let sent = async {
-                    for frame in batch.drain(..) {
-                        sink.feed(AxumMessage::Binary(frame)).await?;
-                    }
-                    sink.flush().await
-                };
-                if !matches!(timeout(SILENCE_MAX, sent).await, Ok(Ok(()))) {
-                    break;
+            biased;
+            _ = look.tick() => {
+                if SILENCE_MAX <= heard.elapsed() {
+                    return Err(LinkError::Silent);
                 }
             }
-            message = stream.next() => {
+            frame = incoming.next() => {
                 heard = Instant::now();
-                match message {
-                    Some(Ok(AxumMessage::Binary(frame))) => match ToOwner::decode(frame) {
+                match frame.transpose()? {
+                    Some(Frame::Data(frame)) => match ToOwner::decode(frame) {
                         Ok((channel, message)) => {
-                            from_edge(&documents, &out, &mut attachments, channel, message);
+                            from_edge(documents, &out, &mut attachments, channel, message);
                         }
                         Err(error) => tracing::warn!(%error, "a frame of another node was ignored"),
                     },
-                    Some(Ok(AxumMessage::Close(_)) | Err(_)) | None => break,
-                    Some(Ok(_)) => {}
+                    Some(Frame::Alive) => {}
+                    None => return Ok(()),
                 }
             }
-            _ = look.tick() => {
-                if SILENCE_MAX <= heard.elapsed() {
-                    break;
-                }
-            }
+            // This function holds a sender: there is a next one.
+            frame = queue.recv() => next = frame,
         }
+        let sent = async {
+            let mut fed = false;
+            for _ in 0..TURN_FRAMES_MAX {
+                let Some(frame) = next.take().or_else(|| queue.try_recv().ok()) else {
+                    break;
+                };
+                outgoing.feed(Frame::Data(frame)).await?;
+                fed = true;
+            }
+            if fed {
+                outgoing.flush().await?;
+            }
+            Ok(())
+        };
+        timeout(SILENCE_MAX, sent)
+            .await
+            .unwrap_or(Err(LinkError::Silent))?;
     }
-    metrics.relay_links.dec();
 }
 
 fn from_edge(
     documents: &Arc<Documents>,
     out: &mpsc::UnboundedSender<Bytes>,
-    attachments: &mut HashMap<Channel, Attachment>,
+    attachments: &mut BTreeMap<Channel, Attachment>,
     channel: Channel,
     message: ToOwner,
 ) {
@@ -281,9 +303,7 @@ fn from_edge(
                 .is_some_and(|attachment| attachment.send(message));
             if !open && attachments.remove(&channel).is_some() {
                 // The document was let go; whoever asks next finds its owner.
-                let moved = ToEdge::Moved {
-                    epoch: collab_core::ids::Epoch(0),
-                };
+                let moved = ToEdge::Moved { epoch: Epoch(0) };
                 let _ = out.send(moved.encode(channel));
             }
         }

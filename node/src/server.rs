@@ -14,9 +14,9 @@ use axum::serve::ListenerExt;
 use collab_core::control::LoadSample;
 use collab_core::ids::DocumentId;
 use collab_core::limits::FRAME_BYTES_MAX;
+use futures::StreamExt;
 use serde::Deserialize;
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tower::ServiceExt;
 use tower_http::set_header::SetResponseHeaderLayer;
@@ -31,15 +31,15 @@ use crate::bus::redis::RedisBus;
 use crate::config::{Config, Storage};
 use crate::documents::Documents;
 use crate::edge::Edge;
-use crate::handoff::Handoff;
-use crate::log::Log;
 use crate::members::Members;
 use crate::metrics::Metrics;
+use crate::node::{Node, Surroundings};
 use crate::page;
-use crate::peers::Peers;
+use crate::peers::websocket::WebSocketDial;
 use crate::store::postgres::Postgres;
 use crate::store::sqlite::Sqlite;
 use crate::store::{Registration, Store, StoreError};
+use crate::tasks::Tasks;
 
 /// Between two tries to reach a database that does not answer yet.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -81,10 +81,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     // A node that waits for its database is alive, though not ready.
     let late = Late::default();
-    let mut tasks = JoinSet::new();
-    if let Some(internal) = internal {
-        tasks.spawn(serve(internal, late.router()));
-    }
+    let internal = internal.map(|internal| tokio::spawn(serve(internal, late.router())));
     let store = open_store(&config).await?;
     let bus: Arc<dyn Bus> = match &config.redis {
         Some(url) => Arc::new(RedisBus::new(url, metrics.clone()).context("the URL of Redis")?),
@@ -98,34 +95,22 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         zone: config.zone.clone(),
         weight: 100,
     };
-    let alone = matches!(config.storage, Storage::Embedded(_));
-    let members = Members::new(
-        store.clone(),
-        metrics.clone(),
+    let (node, mut running) = Node::start(Surroundings {
+        store: store.clone(),
+        bus: bus.clone(),
+        dial: Arc::new(WebSocketDial {
+            token: config.control_token.clone(),
+        }),
         registration,
-        config.slots,
-        alone,
-    );
-    let (log, log_task) = Log::new(store.clone(), members.clone(), metrics.clone());
-    let documents = Documents::new(
-        store.clone(),
-        members.clone(),
-        log,
-        bus.clone(),
-        metrics.clone(),
-    );
-    let peers = Peers::new(config.control_token.clone(), metrics.clone());
-    let edge = Edge::new(documents.clone(), members.clone(), peers, metrics.clone());
-    let handoff = Handoff::new(
-        store.clone(),
-        members.clone(),
-        documents.clone(),
-        edge.clone(),
-        metrics.clone(),
-    );
+        slots: config.slots,
+        alone: matches!(config.storage, Storage::Embedded(_)),
+        metrics: metrics.clone(),
+        tasks: Tasks::default(),
+        seed: rand::random(),
+    });
     let owners = Owners::new(
-        documents.clone(),
-        members.clone(),
+        node.documents.clone(),
+        node.members.clone(),
         config.control_token.clone(),
     )?;
     let app = Arc::new(App {
@@ -133,10 +118,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         control_token: config.control_token.clone(),
         store,
         bus,
-        members: members.clone(),
-        documents: documents.clone(),
+        members: node.members,
+        documents: node.documents,
         owners,
-        edge,
+        edge: node.edge,
         metrics,
     });
 
@@ -146,18 +131,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             .merge(admin::control(&app))
             .with_state(app.clone()),
     );
-    tasks.spawn(members.clone().keep_lease());
-    tasks.spawn(endless(members.clone().follow_map()));
-    tasks.spawn(endless(members.clone().adopt()));
-    tasks.spawn(endless(log_task));
-    tasks.spawn(endless(documents.follow_map()));
-    tasks.spawn(endless(handoff.clone().balance()));
-    tasks.spawn(endless(handoff.clone().finish_drains()));
-    tasks.spawn(endless(sample_load(app.clone())));
-    tasks.spawn(serve(listener, public(&app, with_health)));
+    running.extend(internal);
+    running.push(tokio::spawn(sample_load(app.clone())));
+    running.push(tokio::spawn(serve(listener, public(&app, with_health))));
     say_hello(&config);
     let stop = tokio::select! {
-        ended = tasks.join_next() => match ended {
+        ended = running.next() => match ended {
             Some(Ok(Err(error))) => Err(error),
             Some(Err(error)) => Err(error.into()),
             Some(Ok(Ok(()))) | None => Err(anyhow::anyhow!("a task ended unasked")),
@@ -166,7 +145,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     if stop.is_ok() {
         tracing::info!("stopping: handing over what is owned");
-        handoff.leave().await;
+        node.handoff.leave().await;
     }
     stop
 }
@@ -276,12 +255,7 @@ async fn serve(listener: TcpListener, router: Router) -> anyhow::Result<()> {
     Ok(axum::serve(listener, router).await?)
 }
 
-async fn endless(task: impl Future<Output = ()>) -> anyhow::Result<()> {
-    task.await;
-    Ok(())
-}
-
-async fn sample_load(app: Arc<App>) {
+async fn sample_load(app: Arc<App>) -> anyhow::Result<()> {
     loop {
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         app.members.set_load(LoadSample {

@@ -11,15 +11,17 @@ use yrs::{ReadTxn, StateVector, Transact, Update};
 use crate::bus::Bus;
 use crate::metrics::Metrics;
 use crate::store::{Fence, NewSnapshot, Store};
+use crate::tasks::Tasks;
 
 /// Stores a snapshot and cuts the log below the older of the two that are kept. Answers its position if it is stored.
 pub(super) async fn write(
+    tasks: &Tasks,
     store: &dyn Store,
     bus: &dyn Bus,
     metrics: &Metrics,
     snapshot: NewSnapshot,
 ) -> Option<Seq> {
-    let result = write_verified(store, bus, &snapshot).await;
+    let result = write_verified(tasks, store, bus, &snapshot).await;
     let label = if result.is_ok() { "written" } else { "failed" };
     metrics.snapshots.with_label_values(&[label]).inc();
     match result {
@@ -32,14 +34,15 @@ pub(super) async fn write(
 }
 
 async fn write_verified(
+    tasks: &Tasks,
     store: &dyn Store,
     bus: &dyn Bus,
     snapshot: &NewSnapshot,
 ) -> Result<(), String> {
     let bytes = snapshot.bytes.clone();
-    let verified =
-        tokio::task::spawn_blocking(move || catch_unwind(AssertUnwindSafe(|| verify(&bytes))))
-            .await;
+    let verified = tasks
+        .compute(move || catch_unwind(AssertUnwindSafe(|| verify(&bytes))))
+        .await;
     match verified {
         Ok(Ok(verdict)) => verdict?,
         Ok(Err(_)) | Err(_) => return Err("reading it back panics".to_owned()),

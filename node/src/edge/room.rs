@@ -234,13 +234,7 @@ impl Room {
                     Some(input) => self.socket_says(input),
                     None => return,
                 },
-                changed = map.changed() => {
-                    if changed.is_err() {
-                        return;
-                    }
-                    map.borrow_and_update();
-                    self.map_changed();
-                }
+                () = map.changed() => self.map_changed(),
                 () = sleep_until(retry_at), if self.upstream.is_none() => {}
                 _ = tick.tick() => {
                     self.keep_alive();
