@@ -14,6 +14,7 @@ use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use uuid::Uuid;
 
 mod integrity;
+pub mod memory;
 pub mod postgres;
 pub mod sqlite;
 
