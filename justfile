@@ -29,7 +29,13 @@ fuzz seconds="60":
 e2e *words:
     cargo test -p collab-tests --test e2e -- {{words}}
 
+# Compare with other servers, side by side: about two hours for everything; words choose scenarios and servers
+bench *words:
+    cargo build --release --workspace --bins
+    cargo bench --workspace --bench bench -- {{words}}
+
 # Write again what is generated: the CRD and the editor page
 generate:
     cargo run --quiet -p collab-crds --bin crdgen > crds/collabcluster.yaml
     npm --prefix node/web run build
+    UPDATE=1 cargo test --workspace --lib
