@@ -13,9 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use collab_core::document::{Document, EdgeId, Effect, Input, Peer};
+use collab_core::document::{Document, EdgeId, Effect, Input, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
-use collab_core::limits::{SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
+use collab_core::limits::{PRELOAD_KEPT_FOR, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
@@ -30,7 +30,10 @@ use crate::store::{
 };
 use crate::tasks::Tasks;
 
+mod preload;
 mod snapshot;
+
+use preload::Preloads;
 
 /// How long a node waits for the map to show it as the owner before it says that it is not.
 const OWNERSHIP_WAIT: Duration = Duration::from_millis(500);
@@ -147,6 +150,7 @@ pub struct Documents {
     metrics: Metrics,
     tasks: Tasks,
     open: Mutex<Open>,
+    preloads: Preloads,
     next_id: AtomicU64,
     started: Instant,
 }
@@ -191,6 +195,7 @@ impl Documents {
             metrics,
             tasks,
             open: Mutex::default(),
+            preloads: Preloads::default(),
             next_id: AtomicU64::new(1),
             started: Instant::now(),
         })
@@ -273,6 +278,36 @@ impl Documents {
     /// Number of open documents.
     pub fn count(&self) -> usize {
         self.open().documents.len()
+    }
+
+    /// The open documents of a slot.
+    pub fn open_in(&self, slot: Slot) -> Vec<DocumentId> {
+        let open = self.open();
+        let those = open
+            .documents
+            .iter()
+            .filter(|(_, entry)| entry.slot == slot);
+        those.map(|(document, _)| document.clone()).collect()
+    }
+
+    /// Reads a document that this node is about to own, so that little is left to read then; says when it is `done`.
+    pub fn preload(self: &Arc<Self>, document: DocumentId, done: impl FnOnce() + Send + 'static) {
+        let documents = self.clone();
+        self.tasks.spawn(async move {
+            let Documents {
+                preloads,
+                tasks,
+                store,
+                bus,
+                ..
+            } = documents.as_ref();
+            preloads
+                .read(tasks, store.as_ref(), bus.as_ref(), &document)
+                .await;
+            done();
+            sleep(PRELOAD_KEPT_FOR).await;
+            preloads.forget_old();
+        });
     }
 
     /// Stops the documents of a slot from taking input and waits until all they have is durable.
@@ -420,37 +455,37 @@ impl Host {
         let documents = self.documents.clone();
         loop {
             let ownership = self.wait_for_ownership().await?;
-            let cached = documents.bus.cached_snapshot(&self.document).await;
-            let copy = cached.map(
-                |CachedSnapshot {
-                     room_epoch,
-                     seq,
-                     bytes,
-                 }| { (room_epoch, StoredSnapshot { seq, bytes }) },
-            );
-            match documents.store.load_with(&self.document, copy).await {
+            let preloaded = documents
+                .preloads
+                .finish(
+                    &documents.tasks,
+                    documents.store.as_ref(),
+                    ownership,
+                    &self.document,
+                )
+                .await;
+            if let Some((document, room_epoch)) = preloaded {
+                return Ok(self.owned(document, ownership, room_epoch, "preload"));
+            }
+            match load(
+                documents.store.as_ref(),
+                documents.bus.as_ref(),
+                &self.document,
+            )
+            .await
+            {
                 Ok(Loaded::Live {
                     room_epoch,
                     snapshot,
                     log,
                     last,
                 }) => {
-                    let opened = documents.tasks.compute(move || {
-                        let snapshot = snapshot
-                            .as_ref()
-                            .map(|stored| (stored.seq, stored.bytes.as_ref()));
-                        catch_unwind(AssertUnwindSafe(|| {
-                            Document::open(ownership.epoch, snapshot, &log, last)
-                        }))
-                    });
-                    let reason = match opened.await {
-                        Ok(Ok(Ok(document))) => {
-                            return Ok(self.owned(document, ownership, room_epoch));
-                        }
-                        Ok(Ok(Err(error))) => error.to_string(),
-                        Ok(Err(_)) | Err(_) => "its rows make the CRDT library panic".to_owned(),
+                    return match replayed(&documents.tasks, ownership.epoch, snapshot, log, last)
+                        .await
+                    {
+                        Ok(document) => Ok(self.owned(document, ownership, room_epoch, "store")),
+                        Err(reason) => Err(self.degraded(&reason)),
                     };
-                    return Err(self.degraded(&reason));
                 }
                 Ok(Loaded::Deleted) => {
                     return Err(End::Unavailable(
@@ -478,8 +513,16 @@ impl Host {
         }
     }
 
-    fn owned(&self, document: Document, ownership: Ownership, room_epoch: RoomEpoch) -> Owned {
-        self.documents.metrics.documents_open.inc();
+    fn owned(
+        &self,
+        document: Document,
+        ownership: Ownership,
+        room_epoch: RoomEpoch,
+        from: &'static str,
+    ) -> Owned {
+        let metrics = &self.documents.metrics;
+        metrics.documents_open.inc();
+        metrics.documents_loaded.with_label_values(&[from]).inc();
         self.documents.set_degraded(|degraded| {
             degraded.remove(&self.document);
         });
@@ -703,7 +746,7 @@ impl Owned {
         let peer = |connection| Peer { edge, connection };
         Some(match message {
             // The channel is open already; its end comes as a detach.
-            ToOwner::Attach { .. } | ToOwner::Detach => return None,
+            ToOwner::Attach { .. } | ToOwner::Detach | ToOwner::Preload { .. } => return None,
             ToOwner::Join { connection, author } => Input::Join {
                 peer: peer(connection),
                 author,
@@ -1013,6 +1056,52 @@ impl Owned {
         };
         let _ = reply.send(answer);
         Some(end)
+    }
+}
+
+/// Loads a document, its snapshot from the bus if that is the stored one.
+async fn load(
+    store: &dyn Store,
+    bus: &dyn Bus,
+    document: &DocumentId,
+) -> Result<Loaded, LoadError> {
+    let cached = bus.cached_snapshot(document).await;
+    let copy = cached.map(
+        |CachedSnapshot {
+             room_epoch,
+             seq,
+             bytes,
+         }| { (room_epoch, StoredSnapshot { seq, bytes }) },
+    );
+    store.load_with(document, copy).await
+}
+
+/// Replays what was loaded, beside the executor's threads. The error is for people.
+async fn replayed(
+    tasks: &Tasks,
+    epoch: Epoch,
+    snapshot: Option<StoredSnapshot>,
+    log: Vec<(Seq, Bytes)>,
+    last: Seq,
+) -> Result<Document, String> {
+    guarded(tasks, move || {
+        let snapshot = snapshot
+            .as_ref()
+            .map(|stored| (stored.seq, stored.bytes.as_ref()));
+        Document::open(epoch, snapshot, &log, last)
+    })
+    .await
+}
+
+/// Runs what may take long, or panic, with stored rows. The error is for people.
+async fn guarded<T: Send + 'static>(
+    tasks: &Tasks,
+    work: impl FnOnce() -> Result<T, OpenError> + Send + 'static,
+) -> Result<T, String> {
+    let work = move || catch_unwind(AssertUnwindSafe(work));
+    match tasks.compute(work).await {
+        Ok(Ok(done)) => done.map_err(|error| error.to_string()),
+        Ok(Err(_)) | Err(_) => Err("its rows make the CRDT library panic".to_owned()),
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use collab_core::control::MemberState;
 use collab_core::ids::Epoch;
-use collab_core::limits::{HANDOFF_CONCURRENCY, MAP_POLL_EVERY};
+use collab_core::limits::{FREEZE_WAIT, HANDOFF_CONCURRENCY, MAP_POLL_EVERY, PRELOAD_WAIT};
 use futures::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
@@ -18,10 +18,9 @@ use crate::documents::Documents;
 use crate::edge::Edge;
 use crate::members::Members;
 use crate::metrics::Metrics;
+use crate::peers::Peers;
 use crate::store::{Ownership, Store};
 
-/// A document that cannot settle for this long keeps its slot for another try.
-const FREEZE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A drain that finds nobody to take its slots ends after this time; the lease does the rest.
 const DRAIN_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -31,6 +30,7 @@ pub struct Handoff {
     members: Arc<Members>,
     documents: Arc<Documents>,
     edge: Arc<Edge>,
+    peers: Arc<Peers>,
     metrics: Metrics,
 }
 
@@ -41,6 +41,7 @@ impl Handoff {
         members: Arc<Members>,
         documents: Arc<Documents>,
         edge: Arc<Edge>,
+        peers: Arc<Peers>,
         metrics: Metrics,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -48,6 +49,7 @@ impl Handoff {
             members,
             documents,
             edge,
+            peers,
             metrics,
         })
     }
@@ -121,7 +123,7 @@ impl Handoff {
                 .into_iter()
                 .map(|owned| self.documents.freeze(owned.slot)),
         );
-        let _ = timeout(FREEZE_TIMEOUT, settled).await;
+        let _ = timeout(FREEZE_WAIT, settled).await;
         self.edge.close_all().await;
         if let Err(error) = self.store.leave(me).await {
             tracing::warn!(%error, "the membership was not ended; its lease will end by itself");
@@ -145,13 +147,38 @@ impl Handoff {
         all
     }
 
+    /// Has the target read the open documents of slots while they are served here.
+    async fn preload(&self, target: Uuid, slots: &[Ownership]) {
+        let documents: Vec<_> = slots
+            .iter()
+            .flat_map(|ownership| self.documents.open_in(ownership.slot))
+            .collect();
+        let map = self.members.map();
+        let Some(member) = map.members().find(|member| member.incarnation == target) else {
+            return;
+        };
+        if documents.is_empty() || member.address.is_empty() {
+            return;
+        }
+        let count = documents.len();
+        let preload = self.peers.preload(target, &member.address, documents);
+        if timeout(PRELOAD_WAIT, preload).await.is_err() {
+            tracing::info!(
+                documents = count,
+                "the target of a handoff did not read ahead in time"
+            );
+        }
+    }
+
     async fn hand_over_to(&self, target: Uuid, slots: Vec<Ownership>) -> bool {
+        self.preload(target, &slots).await;
+        let begun = Instant::now();
         let settled = join_all(
             slots
                 .iter()
                 .map(|ownership| self.documents.freeze(ownership.slot)),
         );
-        let moved = if timeout(FREEZE_TIMEOUT, settled).await.is_ok() {
+        let moved = if timeout(FREEZE_WAIT, settled).await.is_ok() {
             self.store.hand_off(&slots, target).await
         } else {
             tracing::warn!(
@@ -178,6 +205,9 @@ impl Handoff {
             };
             self.metrics.handoffs.with_label_values(&[result]).inc();
         }
+        self.metrics
+            .handoff_seconds
+            .observe(begun.elapsed().as_secs_f64());
         epochs.len() == slots.len()
     }
 }

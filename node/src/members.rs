@@ -111,6 +111,12 @@ impl Map {
         self.members.values().map(|known| &known.member)
     }
 
+    /// Whether some slot has an owner that is not known as a member, or not yet.
+    fn has_strangers(&self) -> bool {
+        let mut owners = self.owners.iter().filter_map(|row| row.owner);
+        owners.any(|owner| !self.members.contains_key(&owner))
+    }
+
     /// The members that may be given slots: alive at `now` and not draining.
     fn candidates(&self, now: Instant) -> BTreeMap<NodeId, Uuid> {
         let able = self
@@ -224,6 +230,7 @@ pub struct Members {
     lease: Mutex<Lease>,
     load: Mutex<LoadSample>,
     look_now: Notify,
+    renew_now: Notify,
     draining: AtomicBool,
     /// No other member can exist: own at once instead of watching first.
     alone: bool,
@@ -255,6 +262,7 @@ impl Members {
             lease: Mutex::default(),
             load: Mutex::default(),
             look_now: Notify::new(),
+            renew_now: Notify::new(),
             draining: AtomicBool::new(false),
             alone,
         })
@@ -375,7 +383,11 @@ impl Members {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = MemberState::Active;
         loop {
-            tick.tick().await;
+            tokio::select! {
+                biased;
+                _ = tick.tick() => {}
+                () = self.renew_now.notified() => {}
+            }
             if self.draining.load(Ordering::Relaxed) && told == MemberState::Active {
                 match self
                     .store
@@ -434,6 +446,10 @@ impl Members {
                         }
                         changed
                     });
+                    // A slot was handed to a node that has just joined: a renewal answers its address.
+                    if self.map().has_strangers() {
+                        self.renew_now.notify_one();
+                    }
                 }
                 Err(error) => tracing::debug!(%error, "cannot read the map"),
             }

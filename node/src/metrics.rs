@@ -39,6 +39,10 @@ pub struct Metrics {
     pub deliveries: IntCounter,
     /// From an update's arrival at this edge to its receipt.
     pub ack_seconds: Histogram,
+    /// Hold-up of documents by a handoff, in seconds.
+    pub handoff_seconds: Histogram,
+    /// Documents opened, by `from`: `store` or `preload`.
+    pub documents_loaded: IntCounterVec,
     /// One append to the store, by batch.
     pub append_seconds: Histogram,
     /// Updates in one append.
@@ -126,6 +130,16 @@ impl Metrics {
                 "From an update's arrival at this edge to its receipt.",
                 &LATENCY_BUCKETS,
             ),
+            handoff_seconds: histogram(
+                "collab_handoff_seconds",
+                "How long the documents of a handoff were held up here: until they were durable and had a new owner.",
+                &LATENCY_BUCKETS,
+            ),
+            documents_loaded: counters(
+                "collab_documents_loaded_total",
+                "Documents opened at their owner here: from the store, or from what was read ahead of a handoff.",
+                "from",
+            ),
             append_seconds: histogram(
                 "collab_append_seconds",
                 "Duration of one append to the store.",
@@ -168,6 +182,9 @@ impl Metrics {
         }
         for result in ["written", "failed"] {
             metrics.snapshots.with_label_values(&[result]);
+        }
+        for from in ["store", "preload"] {
+            metrics.documents_loaded.with_label_values(&[from]);
         }
         metrics
             .registry

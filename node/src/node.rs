@@ -89,7 +89,7 @@ impl Node {
         let edge = Edge::new(
             documents.clone(),
             members.clone(),
-            peers,
+            peers.clone(),
             metrics.clone(),
             tasks.clone(),
             seed,
@@ -99,6 +99,7 @@ impl Node {
             members.clone(),
             documents.clone(),
             edge.clone(),
+            peers,
             metrics,
         );
         let running = [

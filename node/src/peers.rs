@@ -98,6 +98,37 @@ impl Peers {
         document: DocumentId,
         since: Bytes,
     ) -> (RemoteChannel, mpsc::UnboundedReceiver<ToEdge>) {
+        let (remote, receiver) = self.channel(incarnation, address);
+        remote.send(&ToOwner::Attach { document, since });
+        (remote, receiver)
+    }
+
+    /// Has the node that is about to own documents read them beforehand. Answers when it has, or when the stream fails.
+    pub async fn preload(
+        self: &Arc<Self>,
+        incarnation: Uuid,
+        address: &str,
+        documents: Vec<DocumentId>,
+    ) {
+        let (remote, mut answers) = self.channel(incarnation, address);
+        let mut unanswered = documents.len();
+        for document in documents {
+            remote.send(&ToOwner::Preload { document });
+        }
+        while 0 < unanswered
+            && let Some(answer) = answers.recv().await
+        {
+            if answer == ToEdge::Preloaded {
+                unanswered -= 1;
+            }
+        }
+    }
+
+    fn channel(
+        self: &Arc<Self>,
+        incarnation: Uuid,
+        address: &str,
+    ) -> (RemoteChannel, mpsc::UnboundedReceiver<ToEdge>) {
         let channel = Channel(self.next_channel.fetch_add(1, Ordering::Relaxed));
         let (sender, receiver) = mpsc::unbounded_channel();
         let commands = {
@@ -109,9 +140,7 @@ impl Peers {
             let _ = link.commands.send(Command::Open(channel, sender));
             link.commands.clone()
         };
-        let remote = RemoteChannel { channel, commands };
-        remote.send(&ToOwner::Attach { document, since });
-        (remote, receiver)
+        (RemoteChannel { channel, commands }, receiver)
     }
 
     fn start(self: &Arc<Self>, incarnation: Uuid, address: &str) -> Opened {
@@ -296,6 +325,12 @@ fn from_edge(
         }
         ToOwner::Detach => {
             attachments.remove(&channel);
+        }
+        ToOwner::Preload { document } => {
+            let out = out.clone();
+            documents.preload(document, move || {
+                let _ = out.send(ToEdge::Preloaded.encode(channel));
+            });
         }
         message => {
             let open = attachments

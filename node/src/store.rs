@@ -314,6 +314,30 @@ pub trait Store: Send + Sync + 'static {
         self.load_with(document, None).await
     }
 
+    /// Reads the rows after `after`, for whoever has read the document up to there before. `None`: they do not
+    /// join what was read (it has another life, is gone, or its log was cut meanwhile); load it.
+    async fn tail(
+        &self,
+        document: &DocumentId,
+        room_epoch: RoomEpoch,
+        after: Seq,
+    ) -> Result<Option<Vec<(Seq, Bytes)>>, StoreError> {
+        match self.load(document).await {
+            Ok(Loaded::Live {
+                room_epoch: life,
+                snapshot,
+                log,
+                last,
+            }) => {
+                let from = snapshot.map_or(Seq(0), |snapshot| snapshot.seq);
+                let joins = life == room_epoch && from <= after && after <= last;
+                Ok(joins.then(|| log.into_iter().filter(|(seq, _)| after < *seq).collect()))
+            }
+            Ok(Loaded::Absent | Loaded::Deleted) | Err(LoadError::Damaged { .. }) => Ok(None),
+            Err(LoadError::Store(error)) => Err(error),
+        }
+    }
+
     /// Creates a document (or a new life of a deleted one) under the fence.
     async fn create(
         &self,

@@ -10,5 +10,6 @@
 )]
 
 mod cluster;
+mod moves;
 mod store_conformance;
 mod write_rule;

@@ -204,6 +204,14 @@ impl Bench {
         }
     }
 
+    /// The rows after `after`, if they join it.
+    async fn tail(&self, document: &DocumentId, life: i64, after: i64) -> Option<Vec<String>> {
+        let tail = self.store.tail(document, RoomEpoch(life), Seq(after)).await;
+        let rows = tail.unwrap()?;
+        assert!(rows.first().is_none_or(|(seq, _)| *seq == Seq(after + 1)));
+        Some(rows.iter().map(|(_, bytes)| text(bytes)).collect())
+    }
+
     async fn create(&self, document: &DocumentId, right: Ownership) -> Created {
         self.store
             .create(document, right, Recreate::Allowed)

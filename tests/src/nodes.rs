@@ -6,7 +6,8 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use collab_core::control::ClusterReport;
+use collab_core::control::{ClusterReport, DrainRequest, TermGranted};
+use collab_core::ids::NodeId;
 
 use crate::process::{Folder, command, free_port, signal, spawn};
 
@@ -244,6 +245,30 @@ impl Nodes {
             }
         }
         Err(anyhow!("no node answers"))
+    }
+
+    /// Starts or takes back the drain of a node, as the operator does, by a running node's control API.
+    ///
+    /// # Errors
+    /// When no node takes the request.
+    pub async fn drain(&self, number: usize, drain: bool) -> Result<()> {
+        let running = self.nodes.iter().find(|node| node.child.is_some());
+        let port = running.context("no node runs")?.internal_port;
+        let client = reqwest::Client::new();
+        let call = async |path: &str, body: serde_json::Value| {
+            let url = format!("http://127.0.0.1:{port}/control/v1/{path}");
+            let call = client.post(url).bearer_auth(CONTROL_TOKEN).json(&body);
+            call.send().await?.error_for_status()
+        };
+        let granted = call("term", serde_json::json!({ "holder": "a test" })).await?;
+        let TermGranted { term } = granted.json().await?;
+        let request = DrainRequest {
+            term,
+            node: NodeId(self.nodes[number].name.clone()),
+            drain,
+        };
+        call("drain", serde_json::to_value(request)?).await?;
+        Ok(())
     }
 
     /// One metric of a node, summed over its labels.

@@ -204,38 +204,53 @@ impl Document {
         log: &[(Seq, Bytes)],
         last: Seq,
     ) -> Result<Self, OpenError> {
-        let doc = new_doc();
-        let at_snapshot = snapshot.map_or(Seq(0), |(seq, _)| seq);
-        let mut places = Places::default();
-        let rows = log.iter().map(|(seq, bytes)| (*seq, bytes.as_ref()));
-        for (seq, bytes) in snapshot
-            .map(|(_, bytes)| (Seq(0), bytes))
-            .into_iter()
-            .chain(rows)
-        {
-            let failed = |reason: String| OpenError { seq, reason };
-            let scan = scan::scan_update(bytes).map_err(|error| failed(error.to_string()))?;
-            places
-                .take(&scan)
-                .map_err(|error| failed(error.to_string()))?;
-            let update = Update::decode_v1(bytes).map_err(|error| failed(error.to_string()))?;
-            // Each in its own transaction: `yrs` takes forty times as long for many in one.
-            doc.transact_mut()
-                .apply_update(update)
-                .map_err(|error| failed(error.to_string()))?;
-        }
-        Ok(Self {
-            doc,
-            places,
+        let mut document = Self {
+            doc: new_doc(),
+            places: Places::default(),
             epoch,
             assigned: last,
             committed: last,
-            snapshot: at_snapshot,
+            snapshot: snapshot.map_or(Seq(0), |(seq, _)| seq),
             edges: BTreeSet::new(),
             sockets: BTreeMap::new(),
             presence: BTreeMap::new(),
             waiting: VecDeque::new(),
-        })
+        };
+        if let Some((_, bytes)) = snapshot {
+            document.replay(Seq(0), bytes)?;
+        }
+        for (seq, bytes) in log {
+            document.replay(*seq, bytes)?;
+        }
+        Ok(document)
+    }
+
+    /// Goes on under a later epoch: applies the log rows after [`Document::committed_seq`], in order. For a
+    /// document that was opened ahead of its ownership and has taken no input.
+    ///
+    /// # Errors
+    /// As [`Document::open`]; then the document is of no use.
+    pub fn resume(&mut self, epoch: Epoch, log: &[(Seq, Bytes)]) -> Result<(), OpenError> {
+        for (seq, bytes) in log {
+            self.replay(*seq, bytes)?;
+            (self.assigned, self.committed) = (*seq, *seq);
+        }
+        self.epoch = epoch;
+        Ok(())
+    }
+
+    fn replay(&mut self, seq: Seq, bytes: &[u8]) -> Result<(), OpenError> {
+        let failed = |reason: String| OpenError { seq, reason };
+        let scan = scan::scan_update(bytes).map_err(|error| failed(error.to_string()))?;
+        self.places
+            .take(&scan)
+            .map_err(|error| failed(error.to_string()))?;
+        let update = Update::decode_v1(bytes).map_err(|error| failed(error.to_string()))?;
+        // Each in its own transaction: `yrs` takes forty times as long for many in one.
+        self.doc
+            .transact_mut()
+            .apply_update(update)
+            .map_err(|error| failed(error.to_string()))
     }
 
     /// Takes one input and says what is to be done.
@@ -952,6 +967,35 @@ mod tests {
         assert_eq!((opened.text("quill").as_str(), opened.tail()), ("abc", 2));
         let holed = Document::open(Epoch(4), None, &[(Seq(1), first), (Seq(2), third)], Seq(2));
         assert!(holed.is_err());
+    }
+
+    #[test]
+    fn a_document_that_was_opened_ahead_goes_on_with_the_tail() {
+        let mut typist = Typist::new(1);
+        let rows: Vec<(Seq, Bytes)> = (1..=3).map(|seq| (Seq(seq), typist.types("a"))).collect();
+        let mut document = Document::open(Epoch(0), None, &rows[..1], Seq(1)).unwrap();
+        document.resume(Epoch(7), &rows[1..]).unwrap();
+        assert_eq!(document.text("quill"), "aaa");
+        assert_eq!(document.committed_seq(), Seq(3));
+        let attached = document.handle(Input::Attach {
+            edge: EDGE,
+            since: Bytes::new(),
+        });
+        assert!(matches!(
+            &attached[0],
+            Effect::Send {
+                message: ToEdge::Attached {
+                    epoch: Epoch(7),
+                    ..
+                },
+                ..
+            }
+        ));
+        let mut late = Document::open(Epoch(0), None, &rows[..1], Seq(1)).unwrap();
+        assert!(
+            late.resume(Epoch(7), &rows[2..]).is_err(),
+            "a row is missing"
+        );
     }
 
     /// A client's document.

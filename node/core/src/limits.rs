@@ -75,6 +75,12 @@ pub const MAP_POLL_EVERY: Duration = Duration::from_millis(250);
 pub const CLAIM_LOCK_TIMEOUT: Duration = Duration::from_millis(300);
 /// Slots that are handed over at the same time.
 pub const HANDOFF_CONCURRENCY: usize = 16;
+/// How long an owner waits until the target of a handoff has read its documents; then it goes on without.
+pub const PRELOAD_WAIT: Duration = Duration::from_secs(2);
+/// A document that cannot settle for this long keeps its slot for another try.
+pub const FREEZE_WAIT: Duration = Duration::from_secs(3);
+/// How long a document that was read ahead waits for its slot.
+pub const PRELOAD_KEPT_FOR: Duration = Duration::from_secs(8);
 /// A drained node closes its sockets at this rate per second.
 pub const DRAIN_CLOSES_PER_SECOND: u32 = 200;
 /// A presence entry that was not renewed for this long is gone.
@@ -90,6 +96,9 @@ const _: () = assert!(STOP_OWNING_AFTER.as_millis() < LEASE.as_millis());
 const _: () = assert!(LEASE_RENEW_EVERY.as_millis() * 3 <= LEASE.as_millis());
 // Else a node that was cut off itself would adopt as soon as the store answers again.
 const _: () = assert!(LEASE.as_millis() < ADOPT_AFTER_STEADY.as_millis());
+// Else the target would forget what it read before a slow handoff is through.
+const _: () =
+    assert!(PRELOAD_WAIT.as_millis() + FREEZE_WAIT.as_millis() < PRELOAD_KEPT_FOR.as_millis());
 // The y-websocket client drops a socket after 30 s of silence.
 const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
 const _: () = assert!(SLOTS_MIN.is_power_of_two() && SLOTS_MAX.is_power_of_two());

@@ -115,6 +115,8 @@ pub(super) struct Room {
     sockets: BTreeMap<ConnectionId, Socket>,
     upstream: Option<Upstream>,
     retry_at: Instant,
+    /// An owner of an earlier epoch is none any more, whatever the map still shows.
+    least_epoch: Epoch,
     /// What every synced socket has.
     delivered: StateVector,
     /// Edits that wait until the catch-up is here: without it they have holes before them.
@@ -208,6 +210,7 @@ impl Room {
             sockets: BTreeMap::new(),
             upstream: None,
             retry_at: Instant::now(),
+            least_epoch: Epoch(0),
             delivered: StateVector::default(),
             catching_up: None,
             denied: None,
@@ -253,6 +256,10 @@ impl Room {
         let Some(owner) = self.edge.members.map().owner(self.slot) else {
             return;
         };
+        if owner.epoch < self.least_epoch {
+            self.edge.members.look_now();
+            return;
+        }
         let synced = self.sockets.values().any(|socket| socket.synced);
         let since = if synced {
             self.delivered.encode_v1().into()
@@ -378,7 +385,12 @@ impl Room {
                 tracing::info!(document.id = %self.document, reason, "a socket is closed for what it sent");
                 self.with(connection, |socket| socket.kick(CLOSE_POLICY, &reason));
             }
-            ToEdge::Moved { .. } => self.detach(RETRY),
+            ToEdge::Moved { epoch } => {
+                self.least_epoch = self.least_epoch.max(epoch);
+                self.detach(RETRY);
+            }
+            // Answers a question of this node's handoffs, which have channels of their own.
+            ToEdge::Preloaded => {}
             ToEdge::Unavailable { cause, reason } => {
                 let pause = if cause == Unavailable::Store {
                     RETRY

@@ -8,6 +8,7 @@ on_both! {
     a_key_is_written_once
     only_a_live_document_is_appended_to
     a_thousand_rows_are_one_batch
+    a_tail_joins_what_was_read_or_is_none
     a_new_life_goes_on_counting
     documents_are_listed_by_bytes
 }
@@ -190,6 +191,37 @@ async fn a_thousand_rows_are_one_batch(bench: Bench) {
     for doc in &documents {
         assert_eq!(bench.content(doc).await.last, Seq(50));
     }
+}
+
+async fn a_tail_joins_what_was_read_or_is_none(bench: Bench) {
+    let node = bench.owner().await;
+    let doc = document("a");
+    assert_eq!(bench.tail(&doc, 1, 0).await, None, "there is no document");
+    node.write(&doc, 1, 1..=4).await;
+    let rows = |rows: &[&str]| Some(rows.iter().map(|&row| row.to_owned()).collect());
+    assert_eq!(bench.tail(&doc, 1, 0).await, rows(&["1", "2", "3", "4"]));
+    assert_eq!(bench.tail(&doc, 1, 3).await, rows(&["4"]));
+    assert_eq!(bench.tail(&doc, 1, 4).await, rows(&[]));
+    assert_eq!(bench.tail(&doc, 2, 3).await, None, "another life");
+    assert_eq!(bench.tail(&doc, 1, 5).await, None, "what was read is lost");
+
+    // The log is cut up to 2: what was read before that does not join any more.
+    for seq in [2, 4] {
+        bench.snapshot(&doc, node.right(1), 1, seq, "state").await;
+    }
+    assert_eq!(bench.compact(&doc, node.right(1)).await, Fence::Held);
+    assert_eq!(bench.tail(&doc, 1, 1).await, None);
+    assert_eq!(bench.tail(&doc, 1, 4).await, rows(&[]));
+    bench
+        .execute("delete from update_log where document = 'a'")
+        .await;
+    assert_eq!(
+        bench.tail(&doc, 1, 3).await,
+        None,
+        "the last row is missing"
+    );
+    bench.delete(&doc, node.right(1), Seq(4)).await;
+    assert_eq!(bench.tail(&doc, 1, 4).await, None, "it is gone");
 }
 
 async fn a_new_life_goes_on_counting(bench: Bench) {

@@ -84,6 +84,8 @@ pub struct Writer {
     pub acks_ms: Vec<f64>,
     /// When its connection was closed, in ms since 1970, and with which code, if by the server.
     pub closes: Vec<(f64, Option<u16>)>,
+    /// What its client said of its connection, and when, in ms since 1970.
+    pub statuses: Vec<(f64, String)>,
     /// Its text at the end.
     pub text: Option<String>,
     /// What the server refused with.
@@ -262,6 +264,28 @@ impl Ledger {
         silences
     }
 
+    /// The longest time that a document went without a receipt to any of its writers, within the given span (ms
+    /// since 1970). The writers' own pauses between edits are part of it.
+    pub fn pause(&self, document: &str, from_ms: f64, until_ms: f64) -> Duration {
+        let mut times: Vec<f64> = self
+            .of(document)
+            .flat_map(|writer| writer.acks_ms.iter().copied())
+            .filter(|&at| from_ms <= at && at <= until_ms)
+            .chain([from_ms, until_ms])
+            .collect();
+        times.sort_by(f64::total_cmp);
+        let gaps = times.windows(2).map(|pair| pair[1] - pair[0]);
+        millis(gaps.fold(0.0, f64::max))
+    }
+
+    /// What clients said of their connections within the given span (ms since 1970).
+    pub fn statuses(&self, from_ms: f64, until_ms: f64) -> Vec<&str> {
+        let all = self.writers.values().flat_map(|writer| &writer.statuses);
+        all.filter(|(at, _)| from_ms <= *at && *at <= until_ms)
+            .map(|(_, status)| status.as_str())
+            .collect()
+    }
+
     fn of(&self, document: &str) -> impl Iterator<Item = &Writer> {
         self.writers
             .iter()
@@ -300,7 +324,7 @@ impl Ledger {
             What::Close { code } => writer.closes.push((t, code)),
             What::Denied { reason } => writer.denied.push(reason),
             What::Final { text } => writer.text = Some(text),
-            What::Status => {}
+            What::Status { status } => writer.statuses.push((t, status)),
         }
     }
 }
@@ -335,7 +359,9 @@ enum What {
     Final {
         text: String,
     },
-    Status,
+    Status {
+        status: String,
+    },
 }
 
 fn millis(ms: f64) -> Duration {
@@ -401,6 +427,28 @@ mod tests {
         assert_eq!(longest(250.0, 2500.0), Duration::from_millis(1700));
         assert_eq!(longest(110.0, 150.0), Duration::from_millis(100));
         assert_eq!(longest(1950.0, 3000.0), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn a_pause_is_that_of_the_document_and_not_of_one_writer() {
+        let mut ledger = Ledger::default();
+        for (number, acks_ms) in [vec![100.0, 500.0], vec![300.0, 900.0]]
+            .into_iter()
+            .enumerate()
+        {
+            let statuses = vec![(200.0, "disconnected".to_owned())];
+            let writer = Writer {
+                acks_ms,
+                statuses,
+                ..Writer::default()
+            };
+            ledger.writers.insert(("d".into(), number), writer);
+        }
+        let pause = |from, until| ledger.pause("d", from, until);
+        assert_eq!(pause(100.0, 550.0), Duration::from_millis(200));
+        assert_eq!(pause(500.0, 900.0), Duration::from_millis(400));
+        assert_eq!(ledger.statuses(0.0, 250.0).len(), 2);
+        assert!(ledger.statuses(250.0, 900.0).is_empty());
     }
 
     fn ledger(events: &[&str]) -> Ledger {

@@ -80,6 +80,12 @@ pub enum ToOwner {
         /// The socket.
         connection: ConnectionId,
     },
+    /// From the owner to the node that it is about to hand a document to: read it now, so that the
+    /// tail is all that is left to read then. Answered by [`ToEdge::Preloaded`], on a channel that has no document.
+    Preload {
+        /// The document.
+        document: DocumentId,
+    },
 }
 
 /// From the owner to the edge.
@@ -157,6 +163,8 @@ pub enum ToEdge {
         /// For the client and the log.
         reason: String,
     },
+    /// Answers one [`ToOwner::Preload`], whether or not the document could be read.
+    Preloaded,
 }
 
 /// Why a document cannot be served.
@@ -194,6 +202,7 @@ impl ToOwner {
                 out.put_slice(since);
             }
             Self::Detach => {}
+            Self::Preload { document } => out.put_slice(document.as_str().as_bytes()),
             Self::Join { connection, author } => {
                 out.put_u64_le(connection.0);
                 out.put_slice(author.as_bytes());
@@ -286,6 +295,9 @@ impl ToOwner {
             8 => Self::QueryAwareness {
                 connection: connection(&mut rest)?,
             },
+            9 => Self::Preload {
+                document: DocumentId::new(text(&rest)?).map_err(|_| RelayError::BadText)?,
+            },
             unknown => return Err(RelayError::UnknownKind(unknown)),
         };
         Ok((channel, message))
@@ -301,6 +313,7 @@ impl ToOwner {
             Self::Update { .. } => 6,
             Self::Awareness { .. } => 7,
             Self::QueryAwareness { .. } => 8,
+            Self::Preload { .. } => 9,
         }
     }
 }
@@ -357,6 +370,7 @@ impl ToEdge {
                 });
                 out.put_slice(reason.as_bytes());
             }
+            Self::Preloaded => {}
         }
         out.freeze()
     }
@@ -431,6 +445,7 @@ impl ToEdge {
                     reason: text(&rest)?.to_owned(),
                 }
             }
+            44 => Self::Preloaded,
             unknown => return Err(RelayError::UnknownKind(unknown)),
         };
         Ok((channel, message))
@@ -449,6 +464,7 @@ impl ToEdge {
             Self::Refused { .. } => 41,
             Self::Moved { .. } => 42,
             Self::Unavailable { .. } => 43,
+            Self::Preloaded => 44,
         }
     }
 }
@@ -540,6 +556,9 @@ mod tests {
                 payload: bytes.clone(),
             },
             ToOwner::QueryAwareness { connection: ALICE },
+            ToOwner::Preload {
+                document: DocumentId::new("a/b").unwrap(),
+            },
         ];
         for message in to_owner {
             let frame = message.encode(CHANNEL);
@@ -592,6 +611,7 @@ mod tests {
                 cause: Unavailable::Degraded,
                 reason: "hole".to_owned(),
             },
+            ToEdge::Preloaded,
         ];
         for message in to_edge {
             let frame = message.encode(CHANNEL);

@@ -1,0 +1,116 @@
+//! Documents that another node is about to hand over, read while it still serves them.
+//!
+//! What was read ahead is only a head start: it is used when the rows after it join it, read once the slot
+//! is owned here, and forgotten when the slot does not come soon.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use collab_core::document::Document;
+use collab_core::ids::{DocumentId, Epoch, RoomEpoch};
+use collab_core::limits::PRELOAD_KEPT_FOR;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::bus::Bus;
+use crate::store::{Loaded, Ownership, Store};
+use crate::tasks::Tasks;
+
+/// Documents that are read ahead at the same time; those in use come first.
+const CONCURRENCY: usize = 4;
+
+/// What was read ahead.
+pub(super) struct Preloads {
+    ready: Mutex<BTreeMap<DocumentId, Preloaded>>,
+    turns: Semaphore,
+}
+
+struct Preloaded {
+    document: Document,
+    room_epoch: RoomEpoch,
+    at: Instant,
+}
+
+impl Default for Preloads {
+    fn default() -> Self {
+        Self {
+            ready: Mutex::default(),
+            turns: Semaphore::new(CONCURRENCY),
+        }
+    }
+}
+
+impl Preloads {
+    /// Reads a document that exists and is in good order; anything else is for its opening to judge.
+    pub(super) async fn read(
+        &self,
+        tasks: &Tasks,
+        store: &dyn Store,
+        bus: &dyn Bus,
+        id: &DocumentId,
+    ) {
+        let Ok(_turn) = self.turns.acquire().await else {
+            return;
+        };
+        if let Ok(Loaded::Live {
+            room_epoch,
+            snapshot,
+            log,
+            last,
+        }) = super::load(store, bus, id).await
+            && let Ok(document) = super::replayed(tasks, Epoch(0), snapshot, log, last).await
+        {
+            let preloaded = Preloaded {
+                document,
+                room_epoch,
+                at: Instant::now(),
+            };
+            self.ready().insert(id.clone(), preloaded);
+        }
+    }
+
+    /// The document as it is now, if it was read ahead and only rows were added since. Call it once the slot is owned.
+    pub(super) async fn finish(
+        &self,
+        tasks: &Tasks,
+        store: &dyn Store,
+        ownership: Ownership,
+        id: &DocumentId,
+    ) -> Option<(Document, RoomEpoch)> {
+        let Preloaded {
+            mut document,
+            room_epoch,
+            ..
+        } = self.take(id)?;
+        let tail = store
+            .tail(id, room_epoch, document.committed_seq())
+            .await
+            .ok()??;
+        super::guarded(tasks, move || {
+            document.resume(ownership.epoch, &tail)?;
+            Ok(document)
+        })
+        .await
+        .ok()
+        .map(|document| (document, room_epoch))
+    }
+
+    /// Forgets what was read too long ago to be waited for.
+    pub(super) fn forget_old(&self) {
+        self.ready().retain(|_, preloaded| preloaded.is_fresh());
+    }
+
+    fn take(&self, id: &DocumentId) -> Option<Preloaded> {
+        self.ready().remove(id).filter(Preloaded::is_fresh)
+    }
+
+    fn ready(&self) -> MutexGuard<'_, BTreeMap<DocumentId, Preloaded>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Preloaded {
+    fn is_fresh(&self) -> bool {
+        self.at.elapsed() < PRELOAD_KEPT_FOR
+    }
+}
