@@ -121,7 +121,10 @@ async fn what_the_light_called_saved_survives_a_kill() -> Result<()> {
         documents: &documents,
         token: None,
     };
-    assert_eq!(read(&reading).await?["draft"].trim_end(), text.trim_end());
+    assert_eq!(
+        read(&reading).await?["draft"].text.trim_end(),
+        text.trim_end()
+    );
     let reloaded = &reload(&reading).await?[0];
     assert_eq!(
         (reloaded.text.trim_end(), reloaded.exported.trim_end()),

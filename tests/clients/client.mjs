@@ -18,6 +18,8 @@ console.log = console.error
 // Each client listens for the end of the process.
 process.setMaxListeners(0)
 
+const MESSAGE_SYNC = 0
+const SYNC_UPDATE = 2
 const MESSAGE_AUTH = 2
 const MESSAGE_RECEIPT = 102
 
@@ -73,15 +75,32 @@ export const random = seed => () => {
   return ((t ^ (t >>> 14)) >>> 0) / 4294967296
 }
 
+/** FNV-1a of an update's bytes: whoever gets the same bytes gets the same number. */
+const fingerprint = bytes => bytes.reduce((sum, byte) => Math.imul(sum ^ byte, 0x01000193), 0x811c9dc5 | 0) >>> 0
+
+/** What a document holds: clocks, deleted ranges, and the content of the places that writers use. */
+export const replicaOf = doc => ({
+  stateVector: [...Y.decodeStateVector(Y.encodeStateVector(doc))],
+  deletes: [...Y.snapshot(doc).ds.clients].flatMap(([client, ranges]) =>
+    ranges.map(({ clock, len }) => [client, clock, len])),
+  content: {
+    text: doc.getText('quill').toString(),
+    map: doc.getMap('map').toJSON(),
+    array: doc.getArray('array').toJSON()
+  }
+})
+
 /** One client of one document. */
 export class Client {
   /** Versions are numbers of own updates: the newest, and the newest that the server returned as durable. */
   version = 0
   confirmed = 0
+  offline = false
+  #versions = new Map()
 
   /**
    * @param {{ node: string, document: string, token?: string, onEvent?: (event: object) => void }} options
-   *   `node` is the http(s) address of a node; `onEvent` hears of acks, status changes and closes
+   *   `node` is the http(s) address of a node; `onEvent` hears of what is sent, received and acknowledged, of status changes and closes
    */
   constructor ({ node, document, token, onEvent = () => {} }) {
     this.node = node
@@ -104,16 +123,34 @@ export class Client {
       decoding.readVarUint(decoder)
       onEvent({ kind: 'denied', reason: decoding.readVarString(decoder) })
     }
-    this.doc.on('update', (_update, origin) => {
+    const sync = this.provider.messageHandlers[MESSAGE_SYNC]
+    this.provider.messageHandlers[MESSAGE_SYNC] = (answer, decoder, ...rest) => {
+      const ahead = decoding.clone(decoder)
+      if (decoding.readVarUint(ahead) === SYNC_UPDATE) {
+        const hash = fingerprint(decoding.readVarUint8Array(ahead))
+        const version = this.#versions.get(hash)
+        onEvent(version ? { kind: 'echo', version } : { kind: 'recv', hash })
+      }
+      sync(answer, decoder, ...rest)
+    }
+    // The provider has heard of the update before and sent it, if it could.
+    this.doc.on('update', (update, origin) => {
       if (origin === this.provider) return
       this.version += 1
+      if (this.provider.wsconnected) {
+        const hash = fingerprint(update)
+        this.#versions.set(hash, this.version)
+        onEvent({ kind: 'sent', version: this.version, hash })
+      }
       this.#ask()
     })
     this.provider.on('sync', synced => {
       if (synced && this.confirmed < this.version) this.#ask()
     })
     this.provider.on('status', ({ status }) => onEvent({ kind: 'status', status }))
-    this.provider.on('connection-close', event => onEvent({ kind: 'close', code: event?.code ?? null }))
+    this.provider.on('connection-close', event => {
+      if (!this.offline) onEvent({ kind: 'close', code: event?.code ?? null })
+    })
   }
 
   get synced () {
@@ -123,6 +160,17 @@ export class Client {
   /** Whether all own edits are durable. */
   get saved () {
     return this.confirmed === this.version
+  }
+
+  /** Goes offline as a user's machine does, until `connect`. */
+  disconnect () {
+    this.offline = true
+    this.provider.disconnect()
+  }
+
+  connect () {
+    this.offline = false
+    this.provider.connect()
   }
 
   close () {

@@ -1,8 +1,8 @@
 /**
  * Fresh clients: connects one to each document (through the nodes in turn), waits for its first sync,
- * prints `text` (document, node, text, hash) and leaves. Fails when one does not sync in time.
+ * prints `text` (document, node, text, hash, replica) and leaves. Fails when one does not sync in time.
  */
-import { Client, hash, leave, options, print, until } from './client.mjs'
+import { Client, hash, leave, options, print, replicaOf, until } from './client.mjs'
 
 const { nodes, documents, token, timeoutMs } = options({ nodes: ['http://127.0.0.1:8080'], documents: [], token: null, timeoutMs: 20_000 })
 
@@ -14,7 +14,7 @@ for (const [i, document] of documents.entries()) {
     process.exit(1)
   }
   const text = client.text.toString()
-  await print({ kind: 'text', document, node, text, hash: hash(text) })
+  await print({ kind: 'text', document, node, text, hash: hash(text), replica: replicaOf(client.doc) })
   client.close()
 }
 await leave()

@@ -1,9 +1,9 @@
 /**
  * Reads whole documents without a socket: their state as a Yjs V1 update over REST, loaded by Yjs
- * itself, and the text that the server exports. Prints `reload` (document, text, exported).
+ * itself, and the text that the server exports. Prints `reload` (document, text, exported, replica).
  */
 import * as Y from 'yjs'
-import { leave, options, print } from './client.mjs'
+import { leave, options, print, replicaOf } from './client.mjs'
 
 const { nodes, documents, token } = options({ nodes: ['http://127.0.0.1:8080'], documents: [], token: null })
 
@@ -16,6 +16,7 @@ for (const [i, document] of documents.entries()) {
   }
   const doc = new Y.Doc()
   Y.applyUpdate(doc, new Uint8Array(await (await get('/update')).arrayBuffer()))
-  await print({ kind: 'reload', document, text: doc.getText('quill').toString(), exported: await (await get('/text')).text() })
+  const replica = replicaOf(doc)
+  await print({ kind: 'reload', document, text: replica.content.text, exported: await (await get('/text')).text(), replica })
 }
 await leave()

@@ -1,15 +1,17 @@
 /**
- * Seeded typists: in each document several writers, each at one node, insert unique tokens at
- * seeded places between the others' tokens and now and then delete one of their own. After each
- * edit they ask for its receipt, and they go on typing while they are offline.
+ * Seeded typists: in each document several writers, each at one node, insert unique tokens into the text
+ * (at seeded places between the others' tokens), a map and an array, and now and then delete one, their own or
+ * another's. After each edit they ask for its receipt. They go on typing while they are offline.
  *
- * Prints, with `t` in ms since 1970: `edit` (op, token, version), `ack` (version: covers all up to
- * it), `status`, `close`, `denied`, each with document and writer; after `stop`, once all is
- * acknowledged and the writers of each document agree (or `settleMs` is over), a `final` per writer.
+ * Prints, with `t` in ms since 1970: `edit` (op, token, version), `sent` (version, hash of its bytes), `recv` (hash),
+ * `echo` (version), `ack` (version: covers all up to it), `status`, `close`, `offline`, `denied`, each with document and
+ * writer; after `stop`, once all is acknowledged and the writers of each document agree (or `settleMs` is over), a `final`
+ * per writer with what it holds.
  */
-import { Client, leave, now, options, print, random, sleep, stopped, until } from './client.mjs'
+import * as Y from 'yjs'
+import { Client, leave, now, options, print, random, replicaOf, sleep, stopped, until } from './client.mjs'
 
-const { nodes, documents, writers, rate, seed, token, settleMs } = options({
+const { nodes, documents, writers, rate, seed, token, settleMs, spells } = options({
   nodes: ['http://127.0.0.1:8080'],
   documents: ['typist-0'],
   /** per document */
@@ -18,11 +20,15 @@ const { nodes, documents, writers, rate, seed, token, settleMs } = options({
   rate: 5,
   seed: 1,
   token: null,
-  settleMs: 30_000
+  settleMs: 30_000,
+  /** the last writer of each document goes offline for a while before this share of its edits */
+  spells: 0
 })
 
 /** Ends of tokens, so that texts hold every width of UTF-8 and lines. */
 const ENDINGS = ['', '', '', 'é', '漢', '😀', '\n']
+/** Longest time offline. */
+const SPELL_MS = 3_000
 
 let typing = true
 const typists = documents.flatMap((document, d) =>
@@ -33,10 +39,10 @@ await Promise.all(typists.map(typist => typist.done))
 
 const clients = typists.map(typist => typist.client)
 const agree = () => documents.every((_, d) => {
-  const texts = clients.slice(d * writers, (d + 1) * writers).map(client => client.text.toString())
-  return texts.every(text => text === texts[0])
+  const [first, ...others] = clients.slice(d * writers, (d + 1) * writers).map(client => Y.snapshot(client.doc))
+  return others.every(other => Y.equalSnapshots(first, other))
 })
-await until(() => clients.every(client => client.saved && client.synced) && agree(), settleMs, 50)
+await until(() => clients.every(client => client.saved && client.synced) && agree(), settleMs, 100)
 for (const { client, writer } of typists) {
   await print({
     kind: 'final',
@@ -45,7 +51,7 @@ for (const { client, writer } of typists) {
     writer,
     node: client.node,
     unsaved: client.version - client.confirmed,
-    text: client.text.toString()
+    ...replicaOf(client.doc)
   })
 }
 await leave()
@@ -60,21 +66,46 @@ function start (document, d, writer) {
 
 async function type (client, writer, dice, say) {
   await until(() => client.synced || !typing, Infinity)
-  const own = []
+  const { doc, text } = client
+  const map = doc.getMap('map')
+  const array = doc.getArray('array')
   for (let n = 0; typing; n++) {
     await sleep((0.5 + dice()) * 1000 / rate)
-    if (!typing) return
-    const deletes = own.length > 0 && dice() < 0.15
-    const token = deletes
-      ? own.splice(Math.floor(dice() * own.length), 1)[0]
-      : `w${writer}n${n}${ENDINGS[Math.floor(dice() * ENDINGS.length)]};`
+    if (!typing) break
+    if (spells > 0 && writer === writers - 1 && dice() < spells) spell(client, dice() * SPELL_MS, say)
+    const place = dice()
+    const deletes = dice() < 0.15
+    const token = deletes ? present(place, dice()) : `w${writer}n${n}${ENDINGS[Math.floor(dice() * ENDINGS.length)]};`
+    if (!token) continue
     // Said before it is done: an ack must never come before its edit.
     await say({ kind: 'edit', op: deletes ? 'delete' : 'insert', token, version: client.version + 1 })
-    const text = client.text.toString()
-    if (deletes) client.text.delete(text.indexOf(token), token.length)
-    else {
-      client.text.insert(text.indexOf(';', Math.floor(dice() * text.length)) + 1, token)
-      own.push(token)
+    const content = text.toString()
+    if (place < 0.7) {
+      if (deletes) text.delete(content.indexOf(token), token.length)
+      else text.insert(content.indexOf(';', Math.floor(dice() * content.length)) + 1, token)
+    } else if (place < 0.85) {
+      if (deletes) map.delete(token)
+      else map.set(token, token)
+    } else {
+      if (deletes) array.delete(array.toArray().indexOf(token))
+      else array.insert(Math.floor(dice() * (array.length + 1)), [token])
     }
   }
+  client.connect()
+
+  /** Some token that is in a place of the document now. */
+  function present (place, choice) {
+    const tokens = place < 0.7
+      ? text.toString().split(';').slice(0, -1).map(start => start + ';')
+      : place < 0.85 ? [...map.keys()] : array.toArray()
+    return tokens[Math.floor(choice * tokens.length)]
+  }
+}
+
+async function spell (client, ms, say) {
+  if (client.offline) return
+  await say({ kind: 'offline' })
+  client.disconnect()
+  await sleep(ms)
+  client.connect()
 }

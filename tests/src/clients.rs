@@ -18,6 +18,9 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::task::JoinHandle;
 
+use crate::checker::Replica;
+use crate::network::Host;
+
 /// Lines of a script's standard error that are kept for complaints.
 const COMPLAINT_LINES: usize = 20;
 
@@ -49,13 +52,25 @@ impl Script {
     /// # Panics
     /// Never: the three streams are asked for.
     pub fn start(name: &str, options: &impl Serialize) -> Result<Self> {
+        Self::start_on(&Host::local(), name, options)
+    }
+
+    /// Like [`Script::start`], on a host.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn start_on(host: &Host, name: &str, options: &impl Serialize) -> Result<Self> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients");
         ensure!(
             folder.join("node_modules").is_dir(),
             "run `npm ci` in {}",
             folder.display()
         );
-        let mut child = Command::new("node")
+        let mut child = Command::from(host.command())
+            .arg("node")
             .arg(folder.join(format!("{name}.mjs")))
             .arg(serde_json::to_string(options)?)
             .stdin(Stdio::piped())
@@ -226,21 +241,29 @@ pub struct Reading<'a> {
     pub token: Option<&'a str>,
 }
 
-/// Texts by document, as a fresh client of each sees them after its first sync.
+/// A document as a fresh client sees it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Fresh {
+    /// Its name.
+    pub document: String,
+    /// Its text.
+    pub text: String,
+    /// All that it holds.
+    pub replica: Replica,
+}
+
+/// By document, what a fresh client of each sees after its first sync.
 ///
 /// # Errors
 /// When a client does not sync within 20 s.
-pub async fn read(reading: &Reading<'_>) -> Result<BTreeMap<String, String>> {
-    #[derive(Deserialize)]
-    struct Text {
-        document: String,
-        text: String,
-    }
-    let texts = Script::start("read", reading)?.all::<Text>().await?;
-    Ok(texts
-        .into_iter()
-        .map(|Text { document, text }| (document, text))
-        .collect())
+pub async fn read(reading: &Reading<'_>) -> Result<BTreeMap<String, Fresh>> {
+    let read = Script::start("read", reading)?.all::<Fresh>().await?;
+    let by_document = read.into_iter().map(|mut fresh| {
+        fresh.replica.document.clone_from(&fresh.document);
+        "a fresh client".clone_into(&mut fresh.replica.witness);
+        (fresh.document.clone(), fresh)
+    });
+    Ok(by_document.collect())
 }
 
 /// A document that was read without a socket.
@@ -252,6 +275,8 @@ pub struct Reloaded {
     pub text: String,
     /// Text that REST answers.
     pub exported: String,
+    /// All that Yjs holds after loading the update.
+    pub replica: Replica,
 }
 
 /// Documents as REST answers them, in the order asked for.
@@ -259,7 +284,12 @@ pub struct Reloaded {
 /// # Errors
 /// When a request fails.
 pub async fn reload(reading: &Reading<'_>) -> Result<Vec<Reloaded>> {
-    Script::start("reload", reading)?.all().await
+    let mut reloaded: Vec<Reloaded> = Script::start("reload", reading)?.all().await?;
+    for one in &mut reloaded {
+        one.replica.document.clone_from(&one.document);
+        "the owner's state in Yjs".clone_into(&mut one.replica.witness);
+    }
+    Ok(reloaded)
 }
 
 /// A replay of a trace in many documents at once.

@@ -6,10 +6,10 @@
 mod namespace;
 mod pki;
 mod prometheus;
-mod sandbox;
 
 use crate::command;
 use crate::images::Image;
+use crate::sandbox;
 use crate::tools::{KUBERNETES, Tools};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -22,9 +22,9 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use tokio::process::Child;
 
+pub use crate::sandbox::{RUN, Sandbox, inside};
 pub use namespace::Namespace;
 pub use prometheus::Prometheus;
-pub use sandbox::{RUN, Sandbox, inside};
 
 // RFC 2544: networks for tests. The bridge is made before anything dials into them.
 const HOST: &str = "198.18.0.1";

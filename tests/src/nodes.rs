@@ -1,6 +1,7 @@
 //! Nodes of a cluster as child processes, by hand: they register in Postgres and need no Kubernetes.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -9,7 +10,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use collab_core::control::{ClusterReport, DrainRequest, TermGranted};
 use collab_core::ids::NodeId;
 
-use crate::process::{Folder, command, free_port, signal, spawn};
+use crate::network::Host;
+use crate::process::{Folder, command_on, free_port, signal, spawn};
 
 /// Bearer token of the nodes' control API.
 pub const CONTROL_TOKEN: &str = "token-of-the-tests";
@@ -38,11 +40,35 @@ pub fn node_binary() -> Result<PathBuf> {
     Ok(binary)
 }
 
+/// Where and how a node runs.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// Where.
+    pub host: Host,
+    /// URL of its database.
+    pub database: String,
+    /// URL of its Redis, or `none`.
+    pub redis: String,
+    /// More variables.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Launch {
+    /// On this machine.
+    pub fn local(database: &str, redis: &str) -> Self {
+        Self {
+            host: Host::local(),
+            database: database.to_owned(),
+            redis: redis.to_owned(),
+            environment: Vec::new(),
+        }
+    }
+}
+
 /// Nodes that share a database.
 #[derive(Debug)]
 pub struct Nodes {
-    database: String,
-    redis: String,
+    launch: Launch,
     folder: Folder,
     /// The nodes, running or not, by number.
     pub nodes: Vec<Node>,
@@ -51,6 +77,8 @@ pub struct Nodes {
 /// One node.
 #[derive(Debug)]
 pub struct Node {
+    /// How it runs from its next start on.
+    pub launch: Launch,
     name: String,
     port: u16,
     internal_port: u16,
@@ -63,15 +91,7 @@ impl Nodes {
     /// # Errors
     /// When they do not come to rest in time; their logs are in the error.
     pub async fn start(count: usize, database: &str, redis: &str) -> Result<Self> {
-        // The client wants one even for plain HTTP; another test may have been first.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let folder = Folder::new("nodes", "root");
-        let mut nodes = Self {
-            database: database.to_owned(),
-            redis: redis.to_owned(),
-            folder,
-            nodes: Vec::new(),
-        };
+        let mut nodes = Self::new(Launch::local(database, redis));
         for _ in 0..count {
             nodes.add()?;
         }
@@ -79,13 +99,33 @@ impl Nodes {
         Ok(nodes)
     }
 
+    /// No nodes yet; [`Nodes::add`] starts them in this way.
+    pub fn new(launch: Launch) -> Self {
+        // The client wants one even for plain HTTP; another test may have been first.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        Self {
+            launch,
+            folder: Folder::new("nodes", "root"),
+            nodes: Vec::new(),
+        }
+    }
+
     /// Starts one more node and answers its number.
     ///
     /// # Errors
     /// When the binary is not built.
     pub fn add(&mut self) -> Result<usize> {
+        self.add_with(self.launch.clone())
+    }
+
+    /// Starts one more node in a way of its own and answers its number.
+    ///
+    /// # Errors
+    /// When the binary is not built.
+    pub fn add_with(&mut self, launch: Launch) -> Result<usize> {
         let number = self.nodes.len();
         let node = Node {
+            launch,
             name: format!("n{number}"),
             port: free_port(),
             internal_port: free_port(),
@@ -106,14 +146,16 @@ impl Nodes {
             .create(true)
             .append(true)
             .open(self.folder.path().join(format!("{}.log", node.name)))?;
-        let mut command: Command = command(&self.folder, &node_binary()?);
+        let launch = &node.launch;
+        let address = launch.host.address();
+        let mut command: Command = command_on(&launch.host, &self.folder, &node_binary()?);
         command
-            .args(["--listen", &format!("127.0.0.1:{}", node.port)])
+            .args(["--listen", &format!("{address}:{}", node.port)])
             .args([
                 "--internal-listen",
-                &format!("127.0.0.1:{}", node.internal_port),
+                &format!("{address}:{}", node.internal_port),
             ])
-            .args(["--database-url", &self.database, "--redis", &self.redis])
+            .args(["--database-url", &launch.database, "--redis", &launch.redis])
             .args([
                 "--node-name",
                 &node.name,
@@ -121,8 +163,12 @@ impl Nodes {
                 &format!("uid-of-{}", node.name),
             ])
             .env("COLLAB_CONTROL_TOKEN", CONTROL_TOKEN)
+            .envs(launch.environment.iter().cloned())
             .stdout(log.try_clone()?)
             .stderr(log);
+        if !address.is_loopback() {
+            command.arg("--insecure-no-auth");
+        }
         node.child = Some(spawn(command));
         Ok(())
     }
@@ -145,6 +191,27 @@ impl Nodes {
         child.kill()?;
         child.wait()?;
         Ok(())
+    }
+
+    /// Sends a signal by name, such as `STOP`, to a node.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn signal(&self, number: usize, name: &str) -> Result<()> {
+        let child = self.nodes[number].child.as_ref();
+        signal(child.context("the node does not run")?, name)
+    }
+
+    /// Whether the process of a node lives, stopped or not.
+    pub fn runs(&mut self, number: usize) -> bool {
+        let child = self.nodes[number].child.as_mut();
+        child.is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// All that a node has logged in all its lives.
+    pub fn log(&self, number: usize) -> String {
+        let name = format!("{}.log", self.nodes[number].name);
+        std::fs::read_to_string(self.folder.path().join(name)).unwrap_or_default()
     }
 
     /// Asks a node to stop (SIGTERM) and waits until it has; answers how long it took.
@@ -238,7 +305,7 @@ impl Nodes {
             .timeout(Duration::from_secs(2))
             .build()?;
         for node in self.nodes.iter().filter(|node| node.child.is_some()) {
-            let url = format!("http://127.0.0.1:{}/control/v1/report", node.internal_port);
+            let url = format!("{}/control/v1/report", node.internal_url());
             let answer = client.get(url).bearer_auth(CONTROL_TOKEN).send().await;
             if let Ok(answer) = answer.and_then(reqwest::Response::error_for_status) {
                 return Ok(answer.json().await?);
@@ -253,11 +320,11 @@ impl Nodes {
     /// When no node takes the request.
     pub async fn drain(&self, number: usize, drain: bool) -> Result<()> {
         let running = self.nodes.iter().find(|node| node.child.is_some());
-        let port = running.context("no node runs")?.internal_port;
+        let url = running.context("no node runs")?.internal_url();
         let client = reqwest::Client::new();
         let call = async |path: &str, body: serde_json::Value| {
-            let url = format!("http://127.0.0.1:{port}/control/v1/{path}");
-            let call = client.post(url).bearer_auth(CONTROL_TOKEN).json(&body);
+            let call = client.post(format!("{url}/control/v1/{path}"));
+            let call = call.bearer_auth(CONTROL_TOKEN).json(&body);
             call.send().await?.error_for_status()
         };
         let granted = call("term", serde_json::json!({ "holder": "a test" })).await?;
@@ -276,10 +343,7 @@ impl Nodes {
     /// # Errors
     /// When the node does not answer.
     pub async fn metric(&self, number: usize, name: &str) -> Result<f64> {
-        let url = format!(
-            "http://127.0.0.1:{}/metrics",
-            self.nodes[number].internal_port
-        );
+        let url = format!("{}/metrics", self.nodes[number].internal_url());
         let text = reqwest::get(url).await?.text().await?;
         let values = text.lines().filter_map(|line| {
             let (series, value) = line.rsplit_once(' ')?;
@@ -291,15 +355,13 @@ impl Nodes {
 
     /// The end of each node's log.
     pub fn logs(&self) -> String {
-        let tail = |node: &Node| {
-            let log =
-                std::fs::read_to_string(self.folder.path().join(format!("{}.log", node.name)));
-            let log = log.unwrap_or_default();
+        let tail = |number: usize| {
+            let log = self.log(number);
             let lines: Vec<&str> = log.lines().rev().take(30).collect();
             let lines: Vec<&str> = lines.into_iter().rev().collect();
-            format!("--- {}\n{}\n", node.name, lines.join("\n"))
+            format!("--- {}\n{}\n", self.nodes[number].name, lines.join("\n"))
         };
-        self.nodes.iter().map(tail).collect()
+        (0..self.nodes.len()).map(tail).collect()
     }
 }
 
@@ -319,6 +381,25 @@ impl Node {
 
     /// `http://…` address for clients.
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://{}:{}", self.launch.host.address(), self.port)
+    }
+
+    /// `http://…` address of its internal listener.
+    pub fn internal_url(&self) -> String {
+        format!(
+            "http://{}:{}",
+            self.launch.host.address(),
+            self.internal_port
+        )
+    }
+
+    /// Address for clients.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.launch.host.address(), self.port)
+    }
+
+    /// Id of its process, if it was started and not ended.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
     }
 }

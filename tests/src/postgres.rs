@@ -3,6 +3,7 @@
 //! Its settings are those that durability rests on (`fsync`, `full_page_writes`, synchronous commit),
 //! so that what a test kills is what a user would kill. It dies with the process of the test.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::{Arc, Weak};
@@ -13,14 +14,30 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::process::{Folder, command, free_port, signal, spawn, until};
+use crate::command::output;
+use crate::network::Host;
+use crate::process::{Folder, command, command_on, free_port, signal, spawn, until};
 
 /// How long the server may take to answer or to end.
 const PATIENCE: Duration = Duration::from_mins(1);
 
+/// Where and how a server runs.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Where.
+    pub host: Host,
+    /// Settings over those that all servers have, as `name=value`.
+    pub settings: Vec<String>,
+    /// More variables.
+    pub environment: Vec<(String, String)>,
+    /// Size of its disk, which is then one of its own in memory; only in a sandbox.
+    pub disk_bytes: Option<u64>,
+}
+
 /// A running server with an empty database `collab`, owned by a role `collab` without other rights.
 #[derive(Debug)]
 pub struct Postgres {
+    setup: Setup,
     folder: Folder,
     port: u16,
     server: Option<Child>,
@@ -32,8 +49,17 @@ impl Postgres {
     /// # Panics
     /// When Postgres is not installed or does not start: no test can say anything then.
     pub async fn start() -> Self {
-        let folder = Folder::new("postgres", "postgres");
-        let mut initdb = command(&folder, &program("initdb"));
+        Self::start_with(Setup::default()).await
+    }
+
+    /// Like [`Postgres::start`], where and how `setup` says.
+    ///
+    /// # Panics
+    /// As there.
+    pub async fn start_with(setup: Setup) -> Self {
+        let mut postgres = Self::on_disk(setup);
+        let folder = &postgres.folder;
+        let mut initdb = command(folder, &program("initdb"));
         initdb.args([
             "--username=postgres",
             "--auth=trust",
@@ -42,17 +68,14 @@ impl Postgres {
             "--no-sync",
             "-D",
         ]);
-        let made = initdb.arg(folder.path()).output().expect("initdb runs");
-        assert!(
-            made.status.success(),
-            "initdb: {}",
-            String::from_utf8_lossy(&made.stderr)
-        );
-        let mut postgres = Self {
-            folder,
-            port: 0,
-            server: None,
-        };
+        output(initdb.arg(folder.path())).expect("initdb runs");
+        let network =
+            "host all all 198.18.0.0/15 trust\nhost replication all 198.18.0.0/15 trust\n";
+        let rights = std::fs::OpenOptions::new()
+            .append(true)
+            .open(folder.path().join("pg_hba.conf"));
+        std::io::Write::write_all(&mut rights.expect("initdb made it"), network.as_bytes())
+            .expect("it can be written");
         postgres.run().await.expect("postgres starts");
         let mut connection = PgConnection::connect(&postgres.superuser_url())
             .await
@@ -82,6 +105,54 @@ impl Postgres {
         started
     }
 
+    /// Copies this server to another one, which follows it as a standby `name` until [`Postgres::promote`].
+    ///
+    /// # Panics
+    /// When it does not come up.
+    pub async fn standby(&self, name: &str, mut setup: Setup) -> Self {
+        let address = self.address();
+        setup.settings.push(format!(
+            "primary_conninfo=host={} port={} user=postgres application_name={name}",
+            address.ip(),
+            address.port()
+        ));
+        let mut standby = Self::on_disk(setup);
+        let mut copy = command_on(
+            &standby.setup.host,
+            &standby.folder,
+            &program("pg_basebackup"),
+        );
+        copy.args(["--host", &address.ip().to_string()])
+            .args(["--port", &address.port().to_string()])
+            .args([
+                "--username=postgres",
+                "--checkpoint=fast",
+                "--no-sync",
+                "--pgdata",
+            ])
+            .arg(standby.folder.path());
+        output(&mut copy).expect("the server can be copied");
+        std::fs::write(standby.folder.path().join("standby.signal"), "").expect("it is there");
+        standby.run().await.expect("the standby starts");
+        standby
+    }
+
+    fn on_disk(setup: Setup) -> Self {
+        let folder = Folder::new("postgres", "postgres");
+        if let Some(bytes) = setup.disk_bytes {
+            let mut mount = Command::new("mount");
+            mount.args(["-t", "tmpfs", "-o"]);
+            mount.arg(format!("size={bytes},mode=0700,uid=postgres,gid=postgres"));
+            output(mount.arg("tmpfs").arg(folder.path())).expect("a disk in memory");
+        }
+        Self {
+            setup,
+            folder,
+            port: 0,
+            server: None,
+        }
+    }
+
     /// Makes another empty database, and returns its URL for the role `collab`, which owns it.
     ///
     /// # Panics
@@ -97,17 +168,52 @@ impl Postgres {
         .execute(&mut connection)
         .await
         .expect("the database is created");
-        format!("postgres://collab@127.0.0.1:{}/{name}", self.port)
+        format!("postgres://collab@{}/{name}", self.address())
     }
 
     /// URL of the database as the node uses it.
     pub fn url(&self) -> String {
-        format!("postgres://collab@127.0.0.1:{}/collab", self.port)
+        Self::url_at(self.address())
+    }
+
+    /// The same for a server, or a proxy, at another address.
+    pub fn url_at(address: SocketAddr) -> String {
+        format!("postgres://collab@{address}/collab")
+    }
+
+    /// Address of the server.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.setup.host.address(), self.port)
+    }
+
+    /// Folder of its files.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Whether its first process lives.
+    pub fn runs(&mut self) -> bool {
+        let server = self.server.as_mut();
+        server.is_some_and(|server| matches!(server.try_wait(), Ok(None)))
+    }
+
+    /// Id of its first process.
+    pub fn pid(&self) -> Option<u32> {
+        self.server.as_ref().map(Child::id)
     }
 
     /// URL of the same server for its superuser.
     pub fn superuser_url(&self) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
+        format!("postgres://postgres@{}/postgres", self.address())
+    }
+
+    /// A session of the superuser in the database of the nodes.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn session(&self) -> anyhow::Result<PgConnection> {
+        let url = format!("postgres://postgres@{}/collab", self.address());
+        Ok(PgConnection::connect(&url).await?)
     }
 
     /// Ends the server in order; sessions are cut.
@@ -133,6 +239,21 @@ impl Postgres {
         let mut server = self.server.take().context("the server does not run")?;
         server.kill()?;
         server.wait()?;
+        Ok(())
+    }
+
+    /// Cuts all sessions and ends the server at once, without writing anything down: it has to recover.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub async fn stop_at_once(&mut self) -> anyhow::Result<()> {
+        let server = self.server.as_mut().context("the server does not run")?;
+        signal(server, "QUIT")?;
+        until(PATIENCE, "postgres ends", || {
+            Ok(server.try_wait()?.is_some())
+        })
+        .await?;
+        self.server = None;
         Ok(())
     }
 
@@ -195,14 +316,14 @@ impl Postgres {
     }
 
     fn server(&self) -> Command {
-        let mut server = command(&self.folder, &program("postgres"));
+        let mut server = command_on(&self.setup.host, &self.folder, &program("postgres"));
         server
             .arg("-D")
             .arg(self.folder.path())
             .arg("-p")
             .arg(self.port.to_string());
         for setting in [
-            "listen_addresses=127.0.0.1",
+            &format!("listen_addresses={}", self.setup.host.address()),
             "unix_socket_directories=",
             "fsync=on",
             "full_page_writes=on",
@@ -214,6 +335,10 @@ impl Postgres {
         ] {
             server.arg("-c").arg(setting);
         }
+        for setting in &self.setup.settings {
+            server.arg("-c").arg(setting);
+        }
+        server.envs(self.setup.environment.iter().cloned());
         server
     }
 
@@ -231,6 +356,10 @@ impl Drop for Postgres {
                 server.kill().ok();
             }
             server.wait().ok();
+        }
+        if self.setup.disk_bytes.is_some() {
+            let mut unmount = Command::new("umount");
+            output(unmount.arg("--lazy").arg(self.folder.path())).ok();
         }
     }
 }

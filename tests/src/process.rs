@@ -11,6 +11,8 @@ use std::time::Duration;
 use anyhow::bail;
 use uuid::Uuid;
 
+use crate::network::Host;
+
 /// A new folder, removed when this is dropped.
 #[derive(Debug)]
 pub struct Folder {
@@ -53,8 +55,13 @@ impl Drop for Folder {
 
 /// A command that runs in `folder` as its user, silently, and ends when the test's process ends.
 pub fn command(folder: &Folder, program: &Path) -> Command {
-    let mut command = Command::new("setpriv");
-    command.arg("--pdeathsig=KILL");
+    command_on(&Host::local(), folder, program)
+}
+
+/// Like [`command`], on a host.
+pub fn command_on(host: &Host, folder: &Folder, program: &Path) -> Command {
+    let mut command = host.command();
+    command.args(["setpriv", "--pdeathsig=KILL"]);
     if let Some(user) = &folder.user {
         command
             .arg(format!("--reuid={user}"))

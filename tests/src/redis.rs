@@ -1,20 +1,33 @@
 //! A real, throw-away Redis on a free loopback port.
 
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Child;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 
-use crate::process::{Folder, command, free_port, signal, spawn, until};
+use crate::network::Host;
+use crate::process::{Folder, command_on, free_port, signal, spawn, until};
 
 /// How long the server may take to answer or to end.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A running server without content and without persistence: what Redis holds may be lost.
+/// Where and how a server runs.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Where.
+    pub host: Host,
+    /// More arguments.
+    pub settings: Vec<String>,
+    /// More variables.
+    pub environment: Vec<(String, String)>,
+}
+
+/// A running server without content and, unless its setup says so, without persistence: what Redis holds may be lost.
 #[derive(Debug)]
 pub struct Redis {
+    setup: Setup,
     folder: Folder,
     port: u16,
     server: Option<Child>,
@@ -26,7 +39,16 @@ impl Redis {
     /// # Panics
     /// When Redis is not installed or does not start.
     pub async fn start() -> Self {
+        Self::start_with(Setup::default()).await
+    }
+
+    /// Starts a server where and how `setup` says.
+    ///
+    /// # Panics
+    /// As [`Redis::start`].
+    pub async fn start_with(setup: Setup) -> Self {
         let mut redis = Self {
+            setup,
             folder: Folder::new("redis", "redis"),
             port: 0,
             server: None,
@@ -37,7 +59,33 @@ impl Redis {
 
     /// URL of the server.
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        format!("redis://{}", self.address())
+    }
+
+    /// Address of the server.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.setup.host.address(), self.port)
+    }
+
+    /// Asks the server and answers what it says, as `redis-cli` prints it.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn ask(&self, words: &[&str]) -> anyhow::Result<String> {
+        let address = self.address();
+        let mut client = std::process::Command::new("redis-cli");
+        client.args([
+            "-h",
+            &address.ip().to_string(),
+            "-p",
+            &self.port.to_string(),
+        ]);
+        crate::command::output(client.args(words)).map(|said| said.trim().to_owned())
+    }
+
+    /// Folder of what it stores.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// Ends the server in order.
@@ -79,10 +127,12 @@ impl Redis {
             if self.port == 0 {
                 self.port = free_port();
             }
-            let mut server = command(&self.folder, Path::new("redis-server"));
+            let mut server = command_on(&self.setup.host, &self.folder, Path::new("redis-server"));
             server.args([
                 "--bind",
-                "127.0.0.1",
+                &self.setup.host.address().to_string(),
+                "--protected-mode",
+                "no",
                 "--save",
                 "",
                 "--appendonly",
@@ -90,11 +140,12 @@ impl Redis {
                 "--port",
             ]);
             let mut server = spawn({
-                server.arg(self.port.to_string());
+                server.arg(self.port.to_string()).args(&self.setup.settings);
+                server.envs(self.setup.environment.iter().cloned());
                 server
             });
             while server.try_wait()?.is_none() {
-                if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+                if TcpStream::connect(self.address()).is_ok() {
                     self.server = Some(server);
                     return Ok(());
                 }

@@ -1,4 +1,4 @@
-//! Where a cluster lives: network, mount and process namespaces of its own, and a cgroup.
+//! Where a test has a machine of its own: network, mount and process namespaces of its own, and a cgroup.
 //!
 //! Nothing in here outlives the program that made it. The sandbox's first process dies with the program that waits for
 //! it, even by SIGKILL, and then the kernel ends all the others and removes links, routes and mounts. What is left are empty cgroups and files
@@ -34,7 +34,7 @@ impl Sandbox {
         let sandbox = Self::of(state)?;
         sandbox
             .end_processes()
-            .context("the tests of a real Kubernetes need to run as root")?;
+            .context("a sandbox needs the rights of root")?;
         sandbox.remove_cgroups()?;
         cache::remove(&sandbox.state)?;
         fs::create_dir_all(&sandbox.state)?;
@@ -152,7 +152,10 @@ pub fn inside() -> bool {
 }
 
 /// Prepares the namespaces: the state folder at [`RUN`], nothing else below `/run`, loopback, and `commands`.
-pub(super) fn furnish(commands: &[&str]) -> Result<()> {
+///
+/// # Errors
+/// Outside a sandbox, or when a command fails.
+pub fn furnish(commands: &[&str]) -> Result<()> {
     let state = std::env::var(INSIDE).context("not in a sandbox")?;
     let mounts = format!(
         "mount -t tmpfs tmpfs /run && mkdir -p {RUN} /run/netns /run/lock && mount --bind '{state}' {RUN} && ip link set lo up"
@@ -164,7 +167,10 @@ pub(super) fn furnish(commands: &[&str]) -> Result<()> {
 }
 
 /// Makes a cgroup in every hierarchy and returns its path below each of them.
-pub(super) fn make_cgroup(name: &str) -> Result<String> {
+///
+/// # Errors
+/// Outside a sandbox.
+pub fn make_cgroup(name: &str) -> Result<String> {
     let parent = std::env::var(CGROUP).context("not in a sandbox")?;
     for hierarchy in hierarchies()? {
         let parent = hierarchy.join(&parent);
@@ -183,6 +189,53 @@ pub(super) fn make_cgroup(name: &str) -> Result<String> {
         }
     }
     Ok(format!("/{parent}/{name}"))
+}
+
+/// What a process may use.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// Memory in bytes; what the process has already does not count.
+    pub memory_bytes: Option<u64>,
+    /// Share of one processor.
+    pub cpu_percent: Option<u32>,
+}
+
+/// Moves a process to a cgroup `name` of its own, with these limits.
+///
+/// # Errors
+/// Outside a sandbox, when the process has ended, or when no hierarchy knows such a limit.
+pub fn confine(process: u32, name: &str, limits: Limits) -> Result<()> {
+    let cgroup = make_cgroup(name)?;
+    let mut wanted = Vec::new();
+    if let Some(bytes) = limits.memory_bytes {
+        wanted.push([
+            ("memory.limit_in_bytes", bytes.to_string()),
+            ("memory.max", bytes.to_string()),
+        ]);
+    }
+    if let Some(percent) = limits.cpu_percent {
+        // Of a period of 100 ms, in microseconds.
+        let quota = percent * 1000;
+        wanted.push([
+            ("cpu.cfs_quota_us", quota.to_string()),
+            ("cpu.max", format!("{quota} 100000")),
+        ]);
+    }
+    for spellings in wanted {
+        let mut known = false;
+        for hierarchy in hierarchies()? {
+            let folder = hierarchy.join(cgroup.trim_start_matches('/'));
+            for (file, value) in &spellings {
+                if folder.join(file).exists() {
+                    fs::write(folder.join(file), value)?;
+                    fs::write(folder.join("cgroup.procs"), process.to_string())?;
+                    known = true;
+                }
+            }
+        }
+        ensure!(known, "no cgroup hierarchy knows {}", spellings[0].0);
+    }
+    Ok(())
 }
 
 /// Mount points of all cgroup hierarchies.
