@@ -206,8 +206,10 @@ async fn stream(State(app): State<Arc<App>>, upgrade: axum::extract::WebSocketUp
     let upgrade = upgrade
         .max_message_size(websocket::STREAM_MESSAGE_BYTES_MAX)
         .max_frame_size(websocket::STREAM_MESSAGE_BYTES_MAX);
-    upgrade.on_upgrade(move |socket| {
+    let incarnation = app.members.incarnation().to_string();
+    let upgraded = upgrade.on_upgrade(move |socket| {
         let link = websocket::accepted(socket);
         peers::serve(link, app.documents.clone(), app.metrics.clone())
-    })
+    });
+    ([(websocket::INCARNATION_HEADER, incarnation)], upgraded).into_response()
 }

@@ -340,9 +340,10 @@ impl Documents {
         self.end_freeze(slot, || ToDocument::Release(epoch));
     }
 
-    /// Lets every document go whose slot the map shows elsewhere. Runs as long as the map is followed.
+    /// Lets every document go whose slot has changed hands. Runs as long as the map is followed.
     pub async fn follow_map(self: Arc<Self>) {
         let mut map = self.members.watch();
+        let mut before = map.get();
         loop {
             map.changed().await;
             let map = map.get();
@@ -356,13 +357,13 @@ impl Documents {
             });
             let open = self.open();
             for entry in open.documents.values() {
-                let owner = map.owner(entry.slot);
-                let elsewhere =
-                    owner.filter(|owner| owner.incarnation != self.members.incarnation());
-                if let Some(owner) = elsewhere {
-                    let _ = entry.task.send(ToDocument::Release(owner.epoch));
+                // Also when this node is the owner again: somebody else may have been it meanwhile.
+                let epoch = map.epoch(entry.slot);
+                if before.epoch(entry.slot) != epoch {
+                    let _ = entry.task.send(ToDocument::Release(epoch));
                 }
             }
+            before = map;
         }
     }
 

@@ -5,6 +5,9 @@
 //! follows who owns which slot. *Adoption* takes slots whose owner is lost, in each slot's order of
 //! preference. Safety does not rest on any of this: the fence in the store does; these loops decide
 //! how soon.
+//!
+//! An *incarnation* is one run of this node as a member. Usually that is the process; but a process that
+//! was fenced while it lived begins a new one, without slots, and keeps its sockets.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,20 +17,26 @@ use std::time::Duration;
 use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, Slot};
 use collab_core::limits::{
-    ADOPT_AFTER_STEADY, ADOPTION_STAGGER, LEASE, LEASE_RENEW_EVERY, MAP_POLL_EVERY,
-    STOP_OWNING_AFTER,
+    ADOPT_AFTER_STEADY, ADOPTION_STAGGER, EARLY_FENCE_AGE, EARLY_FENCE_EVERY, LEASE,
+    LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
 };
 use collab_core::ring::{Ring, plan_placement, slot_of};
+use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
-use uuid::Uuid;
+use uuid::{Builder, Uuid};
 
 use crate::metrics::Metrics;
-use crate::store::{Claim, Member, Ownership, Placement, Registration, SlotRow, Store};
+use crate::store::{
+    Claim, Judgement, Member, Ownership, Placement, Registration, Renewal, Renewed, SlotRow, Store,
+    StoreError,
+};
 use crate::watched::{Watched, Watcher};
 
 /// Between two looks for lost owners.
 const ADOPTION_EVERY: Duration = Duration::from_millis(50);
+/// Between two renewals that hints ask for.
+const HINTED_RENEW_EVERY: Duration = Duration::from_millis(50);
 /// A renewal that takes longer is given up and tried again.
 const RENEW_TIMEOUT: Duration = Duration::from_millis(1_500);
 
@@ -39,17 +48,23 @@ pub struct Map {
     placement: Placement,
 }
 
-/// A member and when this node learned of it.
+/// A member as this node knows it.
 #[derive(Clone, Debug)]
 struct Known {
     member: Member,
-    read_at: Instant,
+    /// When its lease ends unless it is renewed, or when it ended.
+    lease_end: Instant,
 }
 
 impl Known {
-    /// When its lease ends, unless it is renewed.
-    fn lease_end(&self) -> Instant {
-        self.read_at + self.member.lease_left
+    /// What is known of `member`, read at `read_at`, by one who knew `before` until then.
+    fn learned(member: Member, read_at: Instant, before: Option<&Self>) -> Self {
+        let lease_end = match before {
+            // The store no longer says since when: candidates count from the end, not from their last look.
+            Some(before) if member.lease_left.is_zero() => before.lease_end.min(read_at),
+            _ => read_at + member.lease_left,
+        };
+        Self { member, lease_end }
     }
 }
 
@@ -106,6 +121,21 @@ impl Map {
         u16::try_from(misplaced).unwrap_or(u16::MAX)
     }
 
+    /// The other members whose lease has not ended: incarnation and address.
+    pub fn peers(&self, me: Uuid, now: Instant) -> impl Iterator<Item = (Uuid, &str)> {
+        let peers = self.members.values().filter(move |known| {
+            known.member.incarnation != me
+                && now < known.lease_end
+                && !known.member.address.is_empty()
+        });
+        peers.map(|known| (known.member.incarnation, known.member.address.as_str()))
+    }
+
+    /// Whether a process is registered.
+    pub fn is_member(&self, incarnation: Uuid) -> bool {
+        self.members.contains_key(&incarnation)
+    }
+
     /// Every registered process.
     pub fn members(&self) -> impl Iterator<Item = &Member> {
         self.members.values().map(|known| &known.member)
@@ -122,7 +152,7 @@ impl Map {
         let able = self
             .members
             .values()
-            .filter(|known| known.member.state == MemberState::Active && now < known.lease_end());
+            .filter(|known| known.member.state == MemberState::Active && now < known.lease_end);
         able.map(|known| (known.member.node.clone(), known.member.incarnation))
             .collect()
     }
@@ -150,9 +180,7 @@ impl Map {
             };
             match self.members.get(&owner) {
                 None => Some((row.slot, None)),
-                Some(known) if known.lease_end() <= now => {
-                    Some((row.slot, Some(known.lease_end())))
-                }
+                Some(known) if known.lease_end <= now => Some((row.slot, Some(known.lease_end))),
                 Some(_) => None,
             }
         });
@@ -218,6 +246,8 @@ struct Lease {
     renewed: Option<Instant>,
     /// Since when renewals have succeeded without a gap.
     steady_since: Option<Instant>,
+    /// When this node ended the lease of another.
+    judged: Option<Instant>,
 }
 
 /// This node among the others.
@@ -225,23 +255,28 @@ pub struct Members {
     store: Arc<dyn Store>,
     metrics: Metrics,
     registration: Registration,
+    incarnation: Mutex<Uuid>,
     slots: u16,
     map: Watched<Arc<Map>>,
     lease: Mutex<Lease>,
     load: Mutex<LoadSample>,
     look_now: Notify,
     renew_now: Notify,
+    adopt_now: Notify,
     draining: AtomicBool,
     /// No other member can exist: own at once instead of watching first.
     alone: bool,
 }
 
-/// Why membership ended.
+/// Why a membership ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Ended {
-    /// A newer process of the same pod has taken over.
+    /// A newer process of the same pod has taken over: this one must end.
     #[error("this process is no member any more: a newer process of the same pod took its place")]
     Superseded,
+    /// Others ended the lease: go on as a new incarnation.
+    #[error("the lease of this incarnation was ended by others")]
+    Fenced,
 }
 
 impl Members {
@@ -256,6 +291,7 @@ impl Members {
         Arc::new(Self {
             store,
             metrics,
+            incarnation: Mutex::new(registration.incarnation),
             registration,
             slots,
             map: Watched::default(),
@@ -263,14 +299,18 @@ impl Members {
             load: Mutex::default(),
             look_now: Notify::new(),
             renew_now: Notify::new(),
+            adopt_now: Notify::new(),
             draining: AtomicBool::new(false),
             alone,
         })
     }
 
-    /// This run of this node.
+    /// This run of this node as a member. Changes when it is fenced and goes on.
     pub fn incarnation(&self) -> Uuid {
-        self.registration.incarnation
+        *self
+            .incarnation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The name of this node.
@@ -357,28 +397,42 @@ impl Members {
         .collect()
     }
 
-    /// Registers, then keeps the lease until it is superseded. Waits for a store that does not answer yet.
+    /// Registers, then keeps the lease until a newer process takes this one's place. Waits for a store that does not answer.
     ///
     /// # Errors
     /// When this process must end, with the reason.
     pub async fn keep_lease(self: Arc<Self>) -> anyhow::Result<()> {
         loop {
+            self.join().await?;
+            match self.renew_until_lost().await {
+                Ended::Superseded => return Err(Ended::Superseded.into()),
+                Ended::Fenced => self.begin_again(),
+            }
+        }
+    }
+
+    async fn join(&self) -> Result<(), StoreError> {
+        let registration = Registration {
+            incarnation: self.incarnation(),
+            ..self.registration.clone()
+        };
+        loop {
             let begun = Instant::now();
-            match self
-                .store
-                .register(&self.registration, self.slots, LEASE)
-                .await
-            {
+            match self.store.register(&registration, self.slots, LEASE).await {
                 Ok(()) => {
                     self.renewed(begun);
-                    break;
+                    tracing::info!(node = %registration.node, incarnation = %registration.incarnation, "registered as a member");
+                    return Ok(());
                 }
-                Err(error @ crate::store::StoreError::Unusable(_)) => return Err(error.into()),
+                Err(error @ StoreError::Unusable(_)) => return Err(error),
                 Err(error) => tracing::warn!(%error, "cannot register yet; trying again"),
             }
             sleep(LEASE_RENEW_EVERY).await;
         }
-        tracing::info!(node = %self.registration.node, incarnation = %self.incarnation(), "registered as a member");
+    }
+
+    /// Renews when it is due, and when the members have changed, because the answer tells who they are.
+    async fn renew_until_lost(&self) -> Ended {
         let mut tick = interval(LEASE_RENEW_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut told = MemberState::Active;
@@ -387,6 +441,12 @@ impl Members {
                 biased;
                 _ = tick.tick() => {}
                 () = self.renew_now.notified() => {}
+                () = self.store.members_changed() => {
+                    let renewed = self.lease().renewed;
+                    let since = renewed.map_or(HINTED_RENEW_EVERY, |renewed| renewed.elapsed());
+                    sleep(HINTED_RENEW_EVERY.saturating_sub(since)).await;
+                    tick.reset();
+                }
             }
             if self.draining.load(Ordering::Relaxed) && told == MemberState::Active {
                 match self
@@ -400,16 +460,79 @@ impl Members {
             }
             let begun = Instant::now();
             let load = *self.load.lock().unwrap_or_else(PoisonError::into_inner);
-            let renewal = self.store.renew(self.incarnation(), LEASE, load);
+            let (incarnation, pod_uid) = (self.incarnation(), &self.registration.pod_uid);
+            let renewal = self.store.renew(incarnation, pod_uid, LEASE, load);
             match timeout(RENEW_TIMEOUT, renewal).await {
-                Ok(Ok(Some(renewed))) => {
+                Ok(Ok(Renewal::Renewed(renewed))) => {
                     self.renewed(begun);
-                    self.learn(renewed.members, renewed.placement_version, begun)
-                        .await;
+                    self.learn(renewed, begun).await;
                 }
-                Ok(Ok(None)) => return Err(Ended::Superseded.into()),
+                Ok(Ok(Renewal::Fenced)) => return Ended::Fenced,
+                Ok(Ok(Renewal::Superseded)) => return Ended::Superseded,
                 Ok(Err(error)) => self.not_renewed(&error.to_string()),
                 Err(_) => self.not_renewed("no answer in time"),
+            }
+        }
+    }
+
+    /// The lease was ended while this process lives: it goes on as another member, without slots. What it still has of the
+    /// old ones is refused by the fence once they are claimed.
+    fn begin_again(&self) {
+        let next = following(self.incarnation());
+        let fenced = std::mem::replace(
+            &mut *self
+                .incarnation
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+            next,
+        );
+        let mut lease = self.lease();
+        lease.renewed = None;
+        lease.steady_since = None;
+        drop(lease);
+        self.metrics.lease_held.set(0);
+        self.metrics.leases_lost.inc();
+        tracing::warn!(%fenced, incarnation = %next, "this node was fenced; it goes on as a new incarnation without slots");
+    }
+
+    /// Ends the lease of a member whose process is gone, once its last renewal is old enough to leave no doubt; `lost` is
+    /// when the stream to it broke. Its slots are then adopted without waiting for the end of the lease.
+    pub async fn fence_early(&self, target: Uuid, lost: Instant) {
+        while lost.elapsed() < LEASE {
+            let too_soon = self
+                .lease()
+                .judged
+                .is_some_and(|judged| judged.elapsed() < EARLY_FENCE_EVERY);
+            if too_soon || !self.lease_held() {
+                return;
+            }
+            let judgement = self
+                .store
+                .end_lease(self.incarnation(), target, EARLY_FENCE_AGE)
+                .await;
+            match judgement {
+                Ok(Judgement::Ended) => {
+                    self.lease().judged = Some(Instant::now());
+                    self.metrics.early_fences.inc();
+                    tracing::warn!(incarnation = %target, after_ms = lost.elapsed().as_millis(), "ended the lease of a node that is gone");
+                    self.publish(|map| {
+                        if let Some(known) = map.members.get_mut(&target) {
+                            known.member.lease_left = Duration::ZERO;
+                            known.lease_end = known.lease_end.min(Instant::now());
+                        }
+                        true
+                    });
+                    return;
+                }
+                Ok(Judgement::Fresh(age)) => {
+                    // The answer is in whole milliseconds, rounded down.
+                    sleep(EARLY_FENCE_AGE.saturating_sub(age) + Duration::from_millis(1)).await;
+                }
+                Ok(Judgement::Void) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "cannot end a lease early; it ends by itself");
+                    return;
+                }
             }
         }
     }
@@ -469,7 +592,10 @@ impl Members {
         // When a slot without owner or member was first seen so.
         let mut seen = BTreeMap::<Slot, Instant>::new();
         loop {
-            tick.tick().await;
+            tokio::select! {
+                _ = tick.tick() => {}
+                () = self.adopt_now.notified() => {}
+            }
             if self.is_draining() || !self.may_adopt() {
                 seen.clear();
                 continue;
@@ -568,7 +694,12 @@ impl Members {
         tracing::warn!(reason, "the lease was not renewed");
     }
 
-    async fn learn(&self, members: Vec<Member>, placement_version: i64, read_at: Instant) {
+    async fn learn(&self, renewed: Renewed, read_at: Instant) {
+        let Renewed {
+            members,
+            placement_version,
+            ..
+        } = renewed;
         let placement = if self.map.get().placement.version == placement_version {
             None
         } else {
@@ -577,7 +708,9 @@ impl Members {
         self.publish(|map| {
             let same = |member: &Member| {
                 map.members.get(&member.incarnation).is_some_and(|known| {
-                    known.member.state == member.state && known.member.address == member.address
+                    known.member.state == member.state
+                        && known.member.address == member.address
+                        && known.member.lease_left.is_zero() == member.lease_left.is_zero()
                 })
             };
             let changed = placement.is_some()
@@ -585,7 +718,11 @@ impl Members {
                 || !members.iter().all(same);
             map.members = members
                 .into_iter()
-                .map(|member| (member.incarnation, Known { member, read_at }))
+                .map(|member| {
+                    let before = map.members.get(&member.incarnation);
+                    let known = Known::learned(member, read_at, before);
+                    (known.member.incarnation, known)
+                })
                 .collect();
             if let Some(placement) = placement {
                 map.placement = placement;
@@ -600,10 +737,90 @@ impl Members {
 
     /// Changes the picture and wakes its watchers when `change` says that they should know.
     fn publish(&self, change: impl FnOnce(&mut Map) -> bool) {
-        self.map.change(|map| change(Arc::make_mut(map)));
+        self.map.change(|map| {
+            let changed = change(Arc::make_mut(map));
+            if changed {
+                self.adopt_now.notify_one();
+            }
+            changed
+        });
     }
 
     fn lease(&self) -> std::sync::MutexGuard<'_, Lease> {
         self.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The incarnation after a fenced one: as random as that, and nothing more is left to chance.
+fn following(incarnation: Uuid) -> Uuid {
+    let digest = Sha256::digest(incarnation.as_bytes());
+    let random: [u8; 16] = digest[..16].try_into().expect("a digest has 32 bytes");
+    Builder::from_random_bytes(random).into_uuid()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ME: Uuid = Uuid::from_u128(1);
+    const OTHER: Uuid = Uuid::from_u128(2);
+
+    #[test]
+    fn the_candidates_of_a_slot_count_from_the_end_of_the_lease_and_not_from_their_last_look() {
+        let ended = Instant::now();
+        let gone = || member(OTHER, Duration::ZERO);
+        let before = Known::learned(member(OTHER, LEASE), ended - LEASE, None);
+        let later = |pause| Known::learned(gone(), ended + pause, Some(&before)).lease_end;
+        assert_eq!(later(LEASE_RENEW_EVERY), ended);
+        // Fenced while the lease was running: it ended when that was heard.
+        let fenced = ended - LEASE / 2;
+        assert_eq!(
+            Known::learned(gone(), fenced, Some(&before)).lease_end,
+            fenced
+        );
+        assert_eq!(Known::learned(gone(), ended, None).lease_end, ended);
+    }
+
+    #[test]
+    fn slots_without_a_living_owner_are_orphans_and_the_dead_are_no_candidates() {
+        let now = Instant::now();
+        let slot = |number: u16, owner| SlotRow {
+            slot: Slot(number),
+            owner,
+            epoch: Epoch(1),
+        };
+        let (alive, dead) = (member(ME, LEASE), member(OTHER, Duration::ZERO));
+        let map = Map {
+            owners: vec![
+                slot(0, Some(ME)),
+                slot(1, Some(OTHER)),
+                slot(2, None),
+                slot(3, Some(Uuid::from_u128(3))),
+            ],
+            members: [alive, dead]
+                .map(|member| (member.incarnation, Known::learned(member, now, None)))
+                .into(),
+            placement: Placement::default(),
+        };
+        let orphans = [(Slot(1), Some(now)), (Slot(2), None), (Slot(3), None)];
+        assert_eq!(map.orphans(now), orphans);
+        assert_eq!(map.candidates(now).into_values().collect::<Vec<_>>(), [ME]);
+        assert_eq!(map.peers(ME, now).count(), 0);
+        assert_eq!(map.peers(OTHER, now).collect::<Vec<_>>(), [(ME, "host:1")]);
+    }
+
+    fn member(incarnation: Uuid, lease_left: Duration) -> Member {
+        Member {
+            node: NodeId(incarnation.to_string()),
+            incarnation,
+            pod_uid: incarnation.to_string(),
+            address: "host:1".to_owned(),
+            zone: String::new(),
+            weight: 100,
+            state: MemberState::Active,
+            lease_left,
+            load: None,
+            load_age: Duration::ZERO,
+        }
     }
 }

@@ -49,6 +49,10 @@ pub struct Metrics {
     pub append_batch_updates: Histogram,
     /// Slots adopted from a lost owner.
     pub adoptions: IntCounter,
+    /// Leases of other members that this node ended early, because their process was gone.
+    pub early_fences: IntCounter,
+    /// Times that others ended the lease of this node while it lived.
+    pub leases_lost: IntCounter,
     /// Slots handed over, by result.
     pub handoffs: IntCounterVec,
     /// Snapshots written, by result.
@@ -153,6 +157,14 @@ impl Metrics {
             adoptions: counter(
                 "collab_adoptions_total",
                 "Slots that this node adopted from a lost owner.",
+            ),
+            early_fences: counter(
+                "collab_early_fences_total",
+                "Leases of other nodes that this node ended early because their process was gone.",
+            ),
+            leases_lost: counter(
+                "collab_leases_lost_total",
+                "Times that others ended the lease of this node while it lived.",
             ),
             handoffs: counters(
                 "collab_handoffs_total",

@@ -85,7 +85,7 @@ impl Node {
             metrics.clone(),
             tasks.clone(),
         );
-        let peers = Peers::new(dial, metrics.clone(), tasks.clone());
+        let peers = Peers::new(dial, members.clone(), metrics.clone(), tasks.clone());
         let edge = Edge::new(
             documents.clone(),
             members.clone(),
@@ -99,13 +99,14 @@ impl Node {
             members.clone(),
             documents.clone(),
             edge.clone(),
-            peers,
+            peers.clone(),
             metrics,
         );
         let running = [
             tasks.spawn(members.clone().keep_lease()),
             tasks.spawn(endless(members.clone().follow_map())),
             tasks.spawn(endless(members.clone().adopt())),
+            tasks.spawn(endless(peers.follow_members())),
             tasks.spawn(endless(log_task)),
             tasks.spawn(endless(documents.clone().follow_map())),
             tasks.spawn(endless(handoff.clone().balance())),

@@ -2,6 +2,10 @@
 //!
 //! The edge dials. A stream that fails ends all of its channels, and their rooms look at the map again;
 //! nothing is resent here, because what is not receipted is still in the clients.
+//!
+//! A node keeps a stream to every other member, whether or not a document needs it: its end is the
+//! first sign that a process has died. If then the address refuses a connection, or another incarnation
+//! answers there, nothing is left of that process, and its lease is ended early.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -10,13 +14,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use collab_core::ids::{DocumentId, Epoch};
+use collab_core::limits::LEASE;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner};
 use futures::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use uuid::Uuid;
 
 use crate::documents::{Attachment, Documents, EdgeSender};
+use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::tasks::Tasks;
 
@@ -31,12 +37,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const PING_EVERY: Duration = Duration::from_secs(1);
 /// A stream without a sign of life for this long has failed.
 const SILENCE_MAX: Duration = Duration::from_secs(4);
+/// Before a member that could not be reached is tried again, unless a document asks for it.
+const REDIAL_EVERY: Duration = Duration::from_millis(250);
+/// Between two tries to find out what became of the process behind a lost stream.
+const EXAMINE_EVERY: Duration = Duration::from_millis(20);
 /// Frames that are sent before the other direction gets its turn.
 const TURN_FRAMES_MAX: usize = 256;
 
 /// The streams that this node opened.
 pub struct Peers {
     dial: Arc<dyn Dial>,
+    members: Arc<Members>,
     metrics: Metrics,
     tasks: Tasks,
     links: Mutex<BTreeMap<Uuid, Opened>>,
@@ -79,15 +90,38 @@ impl Drop for RemoteChannel {
 
 impl Peers {
     /// No stream is open yet.
-    pub fn new(dial: Arc<dyn Dial>, metrics: Metrics, tasks: Tasks) -> Arc<Self> {
+    pub fn new(
+        dial: Arc<dyn Dial>,
+        members: Arc<Members>,
+        metrics: Metrics,
+        tasks: Tasks,
+    ) -> Arc<Self> {
         Arc::new(Self {
             dial,
+            members,
             metrics,
             tasks,
             links: Mutex::default(),
             next_link: AtomicU64::new(1),
             next_channel: AtomicU32::new(1),
         })
+    }
+
+    /// Keeps a stream to every other member, for as long as this runs.
+    pub async fn follow_members(self: Arc<Self>) {
+        let mut map = self.members.watch();
+        loop {
+            {
+                let (me, map) = (self.members.incarnation(), map.get());
+                let mut links = self.links();
+                for (incarnation, address) in map.peers(me, Instant::now()) {
+                    self.stream(&mut links, incarnation, address);
+                }
+                // A stream that documents still use goes on without its entry, until they let go of it.
+                links.retain(|incarnation, _| map.is_member(*incarnation));
+            }
+            let _ = timeout(REDIAL_EVERY, map.changed()).await;
+        }
     }
 
     /// Opens a channel to a document on another node. The end of the second part means: the stream has failed.
@@ -133,14 +167,25 @@ impl Peers {
         let (sender, receiver) = mpsc::unbounded_channel();
         let commands = {
             let mut links = self.links();
-            let link = links
-                .entry(incarnation)
-                .or_insert_with(|| self.start(incarnation, address));
+            let commands = self.stream(&mut links, incarnation, address);
             // A stream leaves the table under this lock before it ends: this is heard.
-            let _ = link.commands.send(Command::Open(channel, sender));
-            link.commands.clone()
+            let _ = commands.send(Command::Open(channel, sender));
+            commands
         };
         (RemoteChannel { channel, commands }, receiver)
+    }
+
+    /// The stream to a member, which is opened if there is none.
+    fn stream(
+        self: &Arc<Self>,
+        links: &mut BTreeMap<Uuid, Opened>,
+        incarnation: Uuid,
+        address: &str,
+    ) -> mpsc::UnboundedSender<Command> {
+        let opened = links
+            .entry(incarnation)
+            .or_insert_with(|| self.start(incarnation, address));
+        opened.commands.clone()
     }
 
     fn start(self: &Arc<Self>, incarnation: Uuid, address: &str) -> Opened {
@@ -149,20 +194,63 @@ impl Peers {
         let peers = self.clone();
         let address = address.to_owned();
         self.tasks.spawn(async move {
-            peers.metrics.relay_links.inc();
-            match run_link(peers.dial.as_ref(), &address, &mut queue).await {
-                Ok(()) => tracing::debug!(address, "a stream to another node ended"),
-                Err(error) => tracing::info!(address, %error, "a stream to another node failed"),
+            let lost = match peers.dial(&address, incarnation).await {
+                Ok(link) => {
+                    peers.metrics.relay_links.inc();
+                    match run_link(link, &mut queue).await {
+                        Ok(()) => tracing::debug!(address, "a stream to another node ended"),
+                        Err(error) => {
+                            tracing::info!(address, %error, "a stream to another node failed");
+                        }
+                    }
+                    peers.metrics.relay_links.dec();
+                    Some(Instant::now())
+                }
+                Err(error) => {
+                    tracing::debug!(address, %error, "another node cannot be reached");
+                    None
+                }
+            };
+            {
+                let mut links = peers.links();
+                if links.get(&incarnation).is_some_and(|link| link.id == id) {
+                    links.remove(&incarnation);
+                }
+                // Channels that were opened meanwhile end here, with the queue.
+                queue.close();
             }
-            peers.metrics.relay_links.dec();
-            let mut links = peers.links();
-            if links.get(&incarnation).is_some_and(|link| link.id == id) {
-                links.remove(&incarnation);
+            if let Some(lost) = lost {
+                peers.examine(&address, incarnation, lost).await;
             }
-            // Channels that were opened meanwhile end here, with the queue.
-            queue.close();
         });
         Opened { id, commands }
+    }
+
+    /// Opens a link to an incarnation, and to no other process at its address.
+    async fn dial(&self, address: &str, incarnation: Uuid) -> Result<Link, LinkError> {
+        let link = timeout(CONNECT_TIMEOUT, self.dial.dial(address))
+            .await
+            .map_err(|_| LinkError::Silent)??;
+        // A node of an older version does not say who it is.
+        match link.answers {
+            Some(answers) if answers != incarnation => Err(LinkError::AnotherAnswers),
+            _ => Ok(link),
+        }
+    }
+
+    /// Finds out whether the process behind a lost stream is gone, and if so has its lease ended.
+    async fn examine(&self, address: &str, incarnation: Uuid, lost: Instant) {
+        while lost.elapsed() < LEASE && self.members.map().is_member(incarnation) {
+            match self.dial(address, incarnation).await {
+                Ok(_) => return,
+                Err(LinkError::Refused | LinkError::AnotherAnswers) => {
+                    tracing::info!(address, %incarnation, "the process of another node is gone");
+                    return self.members.fence_early(incarnation, lost).await;
+                }
+                // The listener of a process that is ending may still take a connection.
+                Err(LinkError::Silent | LinkError::Broken(_)) => sleep(EXAMINE_EVERY).await,
+            }
+        }
     }
 
     fn links(&self) -> MutexGuard<'_, BTreeMap<Uuid, Opened>> {
@@ -171,16 +259,14 @@ impl Peers {
 }
 
 async fn run_link(
-    dial: &dyn Dial,
-    address: &str,
+    link: Link,
     queue: &mut mpsc::UnboundedReceiver<Command>,
 ) -> Result<(), LinkError> {
     let Link {
         mut outgoing,
         mut incoming,
-    } = timeout(CONNECT_TIMEOUT, dial.dial(address))
-        .await
-        .map_err(|_| LinkError::Silent)??;
+        ..
+    } = link;
     let mut channels = BTreeMap::<Channel, mpsc::UnboundedSender<ToEdge>>::new();
     let mut heard = Instant::now();
     let mut ping = interval(PING_EVERY);
@@ -260,6 +346,7 @@ async fn run_served(link: Link, documents: &Arc<Documents>) -> Result<(), LinkEr
     let Link {
         mut outgoing,
         mut incoming,
+        ..
     } = link;
     let (out, mut queue) = mpsc::unbounded_channel::<Bytes>();
     let mut attachments = BTreeMap::<Channel, Attachment>::new();

@@ -208,6 +208,29 @@ pub struct Renewed {
     pub timeline: String,
 }
 
+/// How a renewal ended.
+#[derive(Clone, Debug)]
+pub enum Renewal {
+    /// The lease goes on.
+    Renewed(Renewed),
+    /// The lease was ended by others, or the row has gone: what this incarnation owned may have a new owner. Register as
+    /// a new one.
+    Fenced,
+    /// A newer process of the same pod has taken the place of this one, which must end.
+    Superseded,
+}
+
+/// What became of an attempt to end another member's lease early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judgement {
+    /// Its lease has ended: its slots are orphaned at once, and it must register anew if it lives.
+    Ended,
+    /// It renewed its lease so long ago, which is too recently to be sure.
+    Fresh(Duration),
+    /// It has no lease to end, or the judge has none itself.
+    Void,
+}
+
 /// Who owns a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotRow {
@@ -387,13 +410,23 @@ pub trait Store: Send + Sync + 'static {
         lease: Duration,
     ) -> Result<(), StoreError>;
 
-    /// Renews the lease. `None`: this incarnation is no member any more (superseded).
+    /// Renews the lease of an incarnation of a pod.
     async fn renew(
         &self,
         incarnation: Uuid,
+        pod_uid: &str,
         lease: Duration,
         load: LoadSample,
-    ) -> Result<Option<Renewed>, StoreError>;
+    ) -> Result<Renewal, StoreError>;
+
+    /// Ends the lease of `target` if it was not renewed for `age`, by the word of `judge`, whose own lease must be live. Both
+    /// rows are locked in order of incarnation: of two members that judge each other at most one is heard.
+    async fn end_lease(
+        &self,
+        judge: Uuid,
+        target: Uuid,
+        age: Duration,
+    ) -> Result<Judgement, StoreError>;
 
     /// Says what the member is doing (its own state only; a drain asked for by the operator is [`Store::set_drain`]).
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError>;
@@ -446,6 +479,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Resolves when another session changed the map, or never: a hint to look before the next poll.
     async fn map_changed(&self);
+
+    /// Resolves when a member came, left or lost its lease by [`Store::end_lease`], or never: a hint to renew before it is due,
+    /// because the answer has the members.
+    async fn members_changed(&self);
 }
 
 /// Numbers of the control API.

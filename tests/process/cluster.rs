@@ -3,12 +3,17 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use collab_core::control::ClusterReport;
+use collab_core::ids::{DocumentId, NodeId};
+use collab_core::limits::EARLY_FENCE_EVERY;
+use collab_core::ring::slot_of;
 use collab_tests::checker;
 use collab_tests::clients::typist::{Ledger, Typing};
 use collab_tests::clients::{Reading, Replay, now_ms};
 use collab_tests::nodes::Nodes;
 use collab_tests::postgres::Postgres;
 use collab_tests::redis::Redis;
+use sqlx::{Connection, PgConnection};
 use tokio::time::sleep;
 
 /// After a fault receipts come again within this time, also where tests run side by side. How soon they do on a
@@ -58,6 +63,142 @@ async fn a_killed_node_loses_nothing_and_the_others_go_on() -> Result<()> {
         of_others[0],
         nodes.logs()
     );
+    everything_acknowledged_is_there(&nodes, &ledger, &names).await
+}
+
+/// A receipt that did not come.
+const NEVER: Duration = Duration::MAX;
+/// How long a killed node stays away.
+const DOWN: Duration = Duration::from_secs(5);
+/// How many nodes are killed one after the other; a measurement wants thirty.
+const KILLS_ENV: &str = "COLLAB_KILLS";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn receipts_come_again_soon_after_each_of_many_kills() -> Result<()> {
+    let kills: usize = std::env::var(KILLS_ENV)
+        .ok()
+        .map_or(Ok(3), |kills| kills.parse())?;
+    let (postgres, redis) = (Postgres::shared().await, Redis::start().await);
+    let mut nodes = Nodes::start(3, &postgres.database().await, &redis.url()).await?;
+    let names = documents(12);
+    let typing = Typing {
+        writers: 3,
+        rate: 10.0,
+        ..Typing::new(nodes.urls(), names.clone(), 4)
+    };
+    let typists = typing.start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+
+    let mut killed = Vec::new();
+    for kill in 0..kills {
+        // Every survivor may end a lease early again.
+        sleep(EARLY_FENCE_EVERY).await;
+        let report = nodes.balanced(3).await?;
+        let victim = nodes.nodes[kill % 3].name().to_owned();
+        let owned: Vec<String> = names
+            .iter()
+            .filter(|name| owner_of(&report, name).is_some_and(|owner| owner.0 == victim))
+            .cloned()
+            .collect();
+        killed.push((now_ms(), nodes.nodes[kill % 3].url(), owned));
+        nodes.kill(kill % 3)?;
+        sleep(DOWN).await;
+        nodes.run(kill % 3)?;
+    }
+    nodes.balanced(3).await?;
+    let mut fences = 0.0;
+    for number in 0..3 {
+        fences += nodes.metric(number, "collab_early_fences_total").await?;
+    }
+    let ledger = typists.stop().await?;
+
+    let (mut elsewhere, mut own) = (Vec::new(), Vec::new());
+    for (at, node, owned) in &killed {
+        let theirs = ledger.next_ack(*at, |document, writer| {
+            writer.node != *node && owned.iter().any(|owned| owned == document)
+        });
+        elsewhere.extend(theirs.into_values().map(|after| after.unwrap_or(NEVER)));
+        let its_own = ledger.next_ack(*at, |_, writer| writer.node == *node);
+        own.extend(its_own.into_values().map(|after| after.unwrap_or(NEVER)));
+    }
+    elsewhere.sort_unstable();
+    own.sort_unstable();
+    ensure!(!elsewhere.is_empty() && !own.is_empty());
+    let middle = |sorted: &[Duration]| (sorted[sorted.len() / 2], sorted[sorted.len() - 1]);
+    let (median, worst) = middle(&elsewhere);
+    println!(
+        "killed {kills} nodes: {} acked edits; from a kill to the next receipt of a document that the node owned, for \
+         clients elsewhere: median {median:?}, worst {worst:?} of {}; for all clients of the node itself: {:?}",
+        ledger.acked(),
+        elsewhere.len(),
+        middle(&own),
+    );
+    println!("leases ended early by the nodes that still run: {fences}");
+    ensure!(
+        median < LIVENESS / 4 && worst < LIVENESS,
+        "{}",
+        nodes.logs()
+    );
+    everything_acknowledged_is_there(&nodes, &ledger, &names).await
+}
+
+/// As when the others believed a node to be gone that was not: it goes on, only without its slots.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_fenced_while_it_lives_keeps_its_sockets() -> Result<()> {
+    let (postgres, redis) = (Postgres::shared().await, Redis::start().await);
+    let database = postgres.database().await;
+    let nodes = Nodes::start(3, &database, &redis.url()).await?;
+    let names = documents(12);
+    let typists = Typing::new(nodes.urls(), names.clone(), 5).start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+    let incarnation = |report: &ClusterReport| {
+        let mut members = report.members.iter();
+        let member = members.find(|member| member.node.0 == nodes.nodes[1].name());
+        member.map(|member| member.incarnation)
+    };
+    let before = incarnation(&nodes.report().await?);
+
+    let fenced = now_ms();
+    let mut connection = PgConnection::connect(&database).await?;
+    sqlx::query(
+        "update member set fenced = true, lease_end = clock_timestamp() where incarnation = $1
+         returning pg_notify('collab_members', '')",
+    )
+    .bind(before)
+    .execute(&mut connection)
+    .await?;
+    let again = nodes
+        .until("the node is another incarnation", |report| {
+            incarnation(report).is_some_and(|now| Some(now) != before)
+        })
+        .await?;
+    ensure!(again.members.len() == 3, "{:?}", again.members);
+    nodes.balanced(3).await?;
+    sleep(Duration::from_secs(1)).await;
+    let lost = nodes.metric(1, "collab_leases_lost_total").await?;
+    ensure!(lost.total_cmp(&1.0).is_eq(), "{lost} leases were lost");
+    let ledger = typists.stop().await?;
+
+    let closes: usize = ledger
+        .writers
+        .values()
+        .map(|writer| writer.closes.len())
+        .sum();
+    let after = ledger.next_ack(fenced, |_, _| true);
+    let longest = after
+        .into_values()
+        .map(|after| after.unwrap_or(NEVER))
+        .max();
+    println!(
+        "fenced a living node: {} acked edits, {closes} closes, receipts came again within {longest:?}",
+        ledger.acked()
+    );
+    ensure!(closes == 0, "sockets were closed {closes} times");
+    ensure!(longest < Some(LIVENESS), "{longest:?}\n{}", nodes.logs());
     everything_acknowledged_is_there(&nodes, &ledger, &names).await
 }
 
@@ -191,6 +332,12 @@ async fn recorded_sessions_end_alike_everywhere() -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn owner_of(report: &ClusterReport, document: &str) -> Option<NodeId> {
+    let slot = slot_of(&DocumentId::new(document).ok()?, report.slots);
+    let owner = report.owners[usize::from(slot.0)]?;
+    Some(report.members[usize::from(owner)].node.clone())
 }
 
 fn documents(count: usize) -> Vec<String> {

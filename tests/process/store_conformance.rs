@@ -13,7 +13,7 @@ use collab_node::store::postgres::Postgres;
 use collab_node::store::sqlite::Sqlite;
 use collab_node::store::{
     Append, Appended, Claim, Created, Fence, LoadError, Loaded, MapChange, NewSnapshot, Ownership,
-    Recreate, Registration, Renewed, Store, StoreError, WrittenRow,
+    Recreate, Registration, Renewal, Renewed, Store, StoreError, WrittenRow,
 };
 use collab_tests::postgres::Postgres as Server;
 use collab_tests::process::Folder;
@@ -61,6 +61,7 @@ struct Node {
     store: Arc<dyn Store>,
     name: NodeId,
     incarnation: Uuid,
+    pod_uid: String,
     epochs: HashMap<Slot, Epoch>,
 }
 
@@ -152,6 +153,7 @@ impl Bench {
             store: self.store.clone(),
             name: member.node,
             incarnation: member.incarnation,
+            pod_uid: member.pod_uid,
             epochs: HashMap::new(),
         }
     }
@@ -269,10 +271,18 @@ impl Bench {
     }
 
     async fn renewed(&self, node: &Node) -> Renewed {
-        self.store
-            .renew(node.incarnation, LEASE, LoadSample::default())
+        held(self.renew(node).await)
+    }
+
+    async fn renew(&self, node: &Node) -> Renewal {
+        node.store
+            .renew(
+                node.incarnation,
+                &node.pod_uid,
+                LEASE,
+                LoadSample::default(),
+            )
             .await
-            .unwrap()
             .unwrap()
     }
 
@@ -281,12 +291,7 @@ impl Bench {
     }
 
     async fn state(&self, node: &Node) -> MemberState {
-        let renewed = self
-            .store
-            .renew(node.incarnation, LEASE, LoadSample::default())
-            .await
-            .unwrap()
-            .unwrap();
+        let renewed = self.renewed(node).await;
         renewed
             .members
             .iter()
@@ -365,6 +370,14 @@ impl Node {
             Created::Created { .. }
         ));
         self.append(document, slot, seqs).await;
+    }
+}
+
+/// The answer to a renewal that succeeded.
+fn held(renewal: Renewal) -> Renewed {
+    match renewal {
+        Renewal::Renewed(renewed) => renewed,
+        lost => panic!("the lease is lost: {lost:?}"),
     }
 }
 

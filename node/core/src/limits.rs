@@ -69,6 +69,10 @@ pub const STOP_OWNING_AFTER: Duration = Duration::from_millis(1_700);
 pub const ADOPT_AFTER_STEADY: Duration = Duration::from_millis(2_500);
 /// Between the candidates of a slot: the first adopts at once, the second this much later.
 pub const ADOPTION_STAGGER: Duration = Duration::from_millis(150);
+/// A member whose last renewal is older than this may be fenced early, if its process is known to be gone.
+pub const EARLY_FENCE_AGE: Duration = Duration::from_millis(600);
+/// Between two early fences by one member: who believes that everybody is gone is probably alone itself.
+pub const EARLY_FENCE_EVERY: Duration = Duration::from_secs(10);
 /// Between two looks at the map.
 pub const MAP_POLL_EVERY: Duration = Duration::from_millis(250);
 /// How long a claim waits for a slot's row before it ends the sessions of the fenced owner.
@@ -99,6 +103,11 @@ const _: () = assert!(LEASE.as_millis() < ADOPT_AFTER_STEADY.as_millis());
 // Else the target would forget what it read before a slow handoff is through.
 const _: () =
     assert!(PRELOAD_WAIT.as_millis() + FREEZE_WAIT.as_millis() < PRELOAD_KEPT_FOR.as_millis());
+// A member that lives and reaches the store is never fenced early; and early it must be.
+const _: () = assert!(LEASE_RENEW_EVERY.as_millis() < EARLY_FENCE_AGE.as_millis());
+const _: () = assert!(EARLY_FENCE_AGE.as_millis() * 2 < LEASE.as_millis());
+// Of two faults within one lease at most one is answered by haste.
+const _: () = assert!(LEASE.as_millis() < EARLY_FENCE_EVERY.as_millis());
 // The y-websocket client drops a socket after 30 s of silence.
 const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
 const _: () = assert!(SLOTS_MIN.is_power_of_two() && SLOTS_MAX.is_power_of_two());

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{Sink, Stream};
+use uuid::Uuid;
 
 /// What passes on a link.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub enum Frame {
 
 /// A connection between two nodes. Its end is the end of `incoming`.
 pub struct Link {
+    /// The incarnation at the other end, as it says itself; `None` on a link that was accepted, and of an older version.
+    pub answers: Option<Uuid>,
     /// Frames to the other end.
     pub outgoing: Pin<Box<dyn Sink<Frame, Error = LinkError> + Send>>,
     /// Frames from there.
@@ -29,6 +32,9 @@ pub enum LinkError {
     /// Nobody listens there: the process has ended, or has not begun.
     #[error("the connection was refused")]
     Refused,
+    /// Another incarnation answers: the process that was there has ended, or has begun again.
+    #[error("another incarnation answers there")]
+    AnotherAnswers,
     /// There was no sign of life in time.
     #[error("the other end is silent")]
     Silent,

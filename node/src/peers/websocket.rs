@@ -11,11 +11,14 @@ use futures::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
+use uuid::Uuid;
 
 use super::link::{Dial, Frame, Link, LinkError};
 
 /// Path of the stream on the internal listener.
 pub const STREAM_PATH: &str = "/peer/v1/stream";
+/// Says which incarnation answers.
+pub const INCARNATION_HEADER: &str = "x-collab-incarnation";
 /// Snapshots of large documents pass as one message.
 pub const STREAM_MESSAGE_BYTES_MAX: usize = 16 * FRAME_BYTES_MAX;
 
@@ -41,7 +44,9 @@ impl Dial for WebSocketDial {
             .max_message_size(Some(STREAM_MESSAGE_BYTES_MAX))
             .max_frame_size(Some(STREAM_MESSAGE_BYTES_MAX));
         let connect = tokio_tungstenite::connect_async_with_config(request, Some(config), true);
-        let (socket, _) = connect.await.map_err(failed)?;
+        let (socket, response) = connect.await.map_err(failed)?;
+        let answers = response.headers().get(INCARNATION_HEADER);
+        let answers = answers.and_then(|answers| Uuid::try_parse_ascii(answers.as_bytes()).ok());
         let (sink, stream) = socket.split();
         let sent = |frame| match frame {
             Frame::Data(data) => Message::Binary(data),
@@ -55,6 +60,7 @@ impl Dial for WebSocketDial {
         let open =
             |message: &Result<Message, Error>| ready(!matches!(message, Ok(Message::Close(_))));
         Ok(Link {
+            answers,
             outgoing: Box::pin(
                 sink.sink_map_err(failed)
                     .with(move |frame| ready(Ok(sent(frame)))),
@@ -81,6 +87,7 @@ pub fn accepted(socket: WebSocket) -> Link {
         ready(!matches!(message, Ok(AxumMessage::Close(_))))
     };
     Link {
+        answers: None,
         outgoing: Box::pin(
             sink.sink_map_err(failed)
                 .with(move |frame| ready(Ok(sent(frame)))),

@@ -20,9 +20,9 @@ use uuid::Uuid;
 
 use super::integrity::{LogRow, check_tail, snapshot_hash};
 use super::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, LoadError, Loaded, MapChange, Member,
-    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewed, SlotRow, Store, StoreError,
-    StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
+    Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed, SlotRow,
+    Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// Statements that the standby may be behind.
@@ -33,6 +33,7 @@ pub const LAG_MAX: usize = 64;
 pub struct Database {
     server: Arc<Mutex<Server>>,
     map_changed: Arc<Notify>,
+    members_changed: Arc<Notify>,
 }
 
 /// The sessions of one process to a [`Database`].
@@ -79,6 +80,7 @@ struct MemberRecord {
     registration: Registration,
     state: MemberState,
     lease_end: Instant,
+    fenced: bool,
     renewed_at: Instant,
     load: Option<LoadSample>,
 }
@@ -132,6 +134,7 @@ impl Default for Database {
         Self {
             server: Arc::new(Mutex::new(server)),
             map_changed: Arc::default(),
+            members_changed: Arc::default(),
         }
     }
 }
@@ -433,6 +436,7 @@ impl Rows {
             registration: member.clone(),
             state: MemberState::Active,
             lease_end,
+            fenced: false,
             renewed_at: now,
             load: None,
         };
@@ -479,10 +483,29 @@ impl Rows {
         now: Instant,
     ) -> Option<(Vec<Member>, i64)> {
         let member = self.members.get_mut(&incarnation)?;
+        if member.fenced {
+            return None;
+        }
         member.lease_end = lease_end;
         member.renewed_at = now;
         member.load = Some(load);
         Some((self.members(now), self.placement.version))
+    }
+
+    fn end_lease(&mut self, judge: Uuid, target: Uuid, age: Duration, now: Instant) -> Judgement {
+        if judge == target || !self.lives(judge, now) || !self.lives(target, now) {
+            return Judgement::Void;
+        }
+        let Some(member) = self.members.get_mut(&target) else {
+            return Judgement::Void;
+        };
+        let renewed = now.saturating_duration_since(member.renewed_at);
+        if renewed < age {
+            return Judgement::Fresh(renewed);
+        }
+        member.fenced = true;
+        member.lease_end = now;
+        Judgement::Ended
     }
 
     /// Those that transactions since `horizon` changed.
@@ -689,24 +712,54 @@ impl Store for Memory {
         let member = member.clone();
         self.database
             .write(move |rows, now| rows.register(&member, slots, now + lease, now));
+        self.database.members_changed.notify_waiters();
         Ok(())
     }
 
     async fn renew(
         &self,
         incarnation: Uuid,
+        pod_uid: &str,
         lease: Duration,
         load: LoadSample,
-    ) -> Result<Option<Renewed>, StoreError> {
+    ) -> Result<Renewal, StoreError> {
         let renewed = self
             .database
             .write(move |rows, now| rows.renew(incarnation, now + lease, load, now));
         let timeline = format!("{:08X}", self.database.timeline());
-        Ok(renewed.map(|(members, placement_version)| Renewed {
-            members,
-            placement_version,
-            timeline,
-        }))
+        if let Some((members, placement_version)) = renewed {
+            return Ok(Renewal::Renewed(Renewed {
+                members,
+                placement_version,
+                timeline,
+            }));
+        }
+        let superseded = self.database.read(|rows, _| {
+            rows.members.values().any(|member| {
+                member.registration.pod_uid == pod_uid
+                    && member.registration.incarnation != incarnation
+            })
+        });
+        Ok(if superseded {
+            Renewal::Superseded
+        } else {
+            Renewal::Fenced
+        })
+    }
+
+    async fn end_lease(
+        &self,
+        judge: Uuid,
+        target: Uuid,
+        age: Duration,
+    ) -> Result<Judgement, StoreError> {
+        let judgement = self
+            .database
+            .write(move |rows, now| rows.end_lease(judge, target, age, now));
+        if judgement == Judgement::Ended {
+            self.database.members_changed.notify_waiters();
+        }
+        Ok(judgement)
     }
 
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
@@ -721,6 +774,7 @@ impl Store for Memory {
     async fn leave(&self, incarnation: Uuid) -> Result<(), StoreError> {
         self.database
             .write(move |rows, _| drop(rows.members.remove(&incarnation)));
+        self.database.members_changed.notify_waiters();
         Ok(())
     }
 
@@ -833,5 +887,9 @@ impl Store for Memory {
 
     async fn map_changed(&self) {
         self.database.map_changed.notified().await;
+    }
+
+    async fn members_changed(&self) {
+        self.database.members_changed.notified().await;
     }
 }

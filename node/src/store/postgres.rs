@@ -34,9 +34,9 @@ use uuid::Uuid;
 
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, LoadError, Loaded, MapChange, Member,
-    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewed, SlotRow, Store, StoreError,
-    StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
+    Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed, SlotRow,
+    Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// How long a call waits for a session.
@@ -62,6 +62,7 @@ const CONTROL_SESSIONS: u32 = 3;
 const READ_SESSIONS: u32 = 4;
 
 const MAP_CHANNEL: &str = "collab_map";
+const MEMBERS_CHANNEL: &str = "collab_members";
 
 /// The write rule: inserts the rows whose slots are held, and answers which slots those were.
 ///
@@ -99,8 +100,15 @@ pub struct Postgres {
     sessions: Arc<Sessions>,
     /// [`Timeline::changes`] when the whole map was last asked for.
     map_read_at: AtomicU64,
-    map_changed: Arc<Notify>,
+    hints: Arc<Hints>,
     listener: JoinHandle<()>,
+}
+
+/// What other sessions said they did.
+#[derive(Debug, Default)]
+struct Hints {
+    map: Notify,
+    members: Notify,
 }
 
 /// What all sessions share.
@@ -134,21 +142,21 @@ impl Postgres {
             trusted_since: Mutex::new(Instant::now()),
             timeline: Mutex::default(),
         });
-        let map_changed = Arc::new(Notify::new());
+        let hints = Arc::new(Hints::default());
         let pool = |size, statement_timeout| {
             sessions
                 .pool(size, statement_timeout)
                 .connect_lazy_with(options.clone())
         };
         let control = pool(CONTROL_SESSIONS + 1, Duration::ZERO); // one listens
-        let listener = tokio::spawn(listen(control.clone(), map_changed.clone()));
+        let listener = tokio::spawn(listen(control.clone(), hints.clone()));
         let store = Self {
             writes: pool(WRITE_SESSIONS, Duration::ZERO),
             reads: pool(READ_SESSIONS, DATA_TIMEOUT),
             control,
             map_read_at: AtomicU64::default(),
             sessions,
-            map_changed,
+            hints,
             listener,
         };
         store.migrate().await?;
@@ -743,7 +751,8 @@ impl Store for Postgres {
              values ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() + $8 * interval '1 ms', clock_timestamp())
              on conflict (pod_uid) do update set incarnation = excluded.incarnation, node = excluded.node,
                address = excluded.address, zone = excluded.zone, weight = excluded.weight, state = excluded.state,
-               lease_end = excluded.lease_end, renewed_at = excluded.renewed_at, load = null",
+               lease_end = excluded.lease_end, renewed_at = excluded.renewed_at, load = null, fenced = false
+             returning pg_notify('collab_members', '')",
         )
         .bind(member.incarnation)
         .bind(&member.pod_uid)
@@ -761,33 +770,42 @@ impl Store for Postgres {
     async fn renew(
         &self,
         incarnation: Uuid,
+        pod_uid: &str,
         lease: Duration,
         load: LoadSample,
-    ) -> Result<Option<Renewed>, StoreError> {
+    ) -> Result<Renewal, StoreError> {
         let query = sqlx::query(
             "with me as (
                update member set lease_end = clock_timestamp() + $2 * interval '1 ms', renewed_at = clock_timestamp(),
                  load = $3
-               where incarnation = $1 returning *
+               where incarnation = $1 and not fenced returning *
              ), everybody as (
                select * from me union all select * from member where incarnation <> $1
              )
              select node, incarnation, pod_uid, address, zone, weight, state, load,
                greatest(0, extract(epoch from lease_end - clock_timestamp()) * 1000)::bigint,
-               greatest(0, extract(epoch from clock_timestamp() - renewed_at) * 1000)::bigint, placement_version
+               greatest(0, extract(epoch from clock_timestamp() - renewed_at) * 1000)::bigint, placement_version,
+               incarnation = $1 and not fenced, pod_uid = $4 and incarnation <> $1
              from everybody cross join control order by node, incarnation",
         )
         .bind(incarnation)
         .bind(millis(lease)?)
-        .bind(Json(load));
+        .bind(Json(load))
+        .bind(pod_uid);
         let rows = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
-        let members = rows.iter().map(member_row).collect::<Result<Vec<_>, _>>()?;
-        if !members
-            .iter()
-            .any(|member| member.incarnation == incarnation)
-        {
-            return Ok(None);
+        let any = |column| {
+            rows.iter().try_fold(false, |any, row| {
+                Ok::<_, StoreError>(any | get::<bool>(row, column)?)
+            })
+        };
+        if !any(11)? {
+            return Ok(if any(12)? {
+                Renewal::Superseded
+            } else {
+                Renewal::Fenced
+            });
         }
+        let members = rows.iter().map(member_row).collect::<Result<Vec<_>, _>>()?;
         let placement_version = rows.first().map_or(Ok(0), |row| get(row, 10))?;
         let timeline = self
             .sessions
@@ -796,11 +814,48 @@ impl Store for Postgres {
             .expect("no holder panics")
             .name
             .clone();
-        Ok(Some(Renewed {
+        Ok(Renewal::Renewed(Renewed {
             members,
             placement_version,
             timeline,
         }))
+    }
+
+    async fn end_lease(
+        &self,
+        judge: Uuid,
+        target: Uuid,
+        age: Duration,
+    ) -> Result<Judgement, StoreError> {
+        // Whatever is compared is read from the locked rows, which a renewal in between may have changed.
+        let query = sqlx::query(
+            "with pair as materialized (
+               select incarnation, fenced, lease_end, renewed_at from member where incarnation in ($1, $2)
+               order by incarnation for no key update
+             ), judge as (
+               select from pair where incarnation = $1 and not fenced and clock_timestamp() < lease_end
+             ), target as (
+               select p.incarnation, clock_timestamp() - p.renewed_at as age from pair p, judge
+               where p.incarnation = $2 and $1 <> $2 and not p.fenced and clock_timestamp() < p.lease_end
+             ), ended as (
+               update member m set fenced = true, lease_end = clock_timestamp() from target t
+               where m.incarnation = t.incarnation and $3 * interval '1 ms' <= t.age
+               returning pg_notify('collab_members', '')
+             )
+             select (extract(epoch from t.age) * 1000)::bigint, exists (select from ended) from target t",
+        )
+        .bind(judge)
+        .bind(target)
+        .bind(millis(age)?);
+        let rows = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
+        let Some(row) = rows.first() else {
+            return Ok(Judgement::Void);
+        };
+        if get(row, 1)? {
+            return Ok(Judgement::Ended);
+        }
+        let age = u64::try_from(get::<i64>(row, 0)?.max(0)).map_err(StoreError::unusable)?;
+        Ok(Judgement::Fresh(Duration::from_millis(age)))
     }
 
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
@@ -813,7 +868,10 @@ impl Store for Postgres {
     }
 
     async fn leave(&self, incarnation: Uuid) -> Result<(), StoreError> {
-        let query = sqlx::query("delete from member where incarnation = $1").bind(incarnation);
+        let query = sqlx::query(
+            "delete from member where incarnation = $1 returning pg_notify('collab_members', '')",
+        )
+        .bind(incarnation);
         self.run(&self.control, CONTROL_TIMEOUT, query)
             .await
             .map(drop)
@@ -1003,25 +1061,34 @@ impl Store for Postgres {
     }
 
     async fn map_changed(&self) {
-        self.map_changed.notified().await;
+        self.hints.map.notified().await;
+    }
+
+    async fn members_changed(&self) {
+        self.hints.members.notified().await;
     }
 }
 
 /// Passes notifications on for as long as the store lives. Several that come together are one.
-async fn listen(pool: PgPool, map_changed: Arc<Notify>) {
+async fn listen(pool: PgPool, hints: Arc<Hints>) {
     loop {
         let lost = async {
             let mut listener = PgListener::connect_with(&pool).await?;
-            listener.listen(MAP_CHANNEL).await?;
+            listener.listen_all([MAP_CHANNEL, MEMBERS_CHANNEL]).await?;
             loop {
                 match timeout(LISTEN_CHECK_EVERY, listener.try_recv()).await {
-                    Ok(notification) => {
-                        if notification?.is_none() {
+                    Ok(notification) => match notification? {
+                        Some(hint) if hint.channel() == MEMBERS_CHANNEL => {
+                            hints.members.notify_one();
+                        }
+                        Some(_) => hints.map.notify_one(),
+                        None => {
                             // The session was lost and is there again: who knows what was missed.
                             tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
+                            hints.map.notify_one();
+                            hints.members.notify_one();
                         }
-                        map_changed.notify_one();
-                    }
+                    },
                     Err(_) => {
                         within(CONTROL_TIMEOUT, listener.execute("select")).await?;
                     }

@@ -25,9 +25,9 @@ use uuid::Uuid;
 
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, LoadError, Loaded, MapChange, Member,
-    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewed, SlotRow, Store, StoreError,
-    StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
+    Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed, SlotRow,
+    Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// Connections that read.
@@ -470,24 +470,33 @@ impl Store for Sqlite {
     async fn renew(
         &self,
         incarnation: Uuid,
+        _pod_uid: &str,
         lease: Duration,
         load: LoadSample,
-    ) -> Result<Option<Renewed>, StoreError> {
+    ) -> Result<Renewal, StoreError> {
         let placement_version = self.placement().await?.version;
         let mut member = self.member.lock().expect("no holder panics");
-        let Some(member) = member
-            .as_mut()
-            .filter(|member| member.incarnation == incarnation)
-        else {
-            return Ok(None);
+        let member = match member.as_mut() {
+            Some(member) if member.incarnation == incarnation => member,
+            Some(_) => return Ok(Renewal::Superseded),
+            None => return Ok(Renewal::Fenced),
         };
         member.lease_left = lease;
         member.load = Some(load);
-        Ok(Some(Renewed {
+        Ok(Renewal::Renewed(Renewed {
             members: vec![member.clone()],
             placement_version,
             timeline: String::new(),
         }))
+    }
+
+    async fn end_lease(
+        &self,
+        _judge: Uuid,
+        _target: Uuid,
+        _age: Duration,
+    ) -> Result<Judgement, StoreError> {
+        Ok(Judgement::Void) // there is no other member
     }
 
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
@@ -678,6 +687,10 @@ impl Store for Sqlite {
 
     async fn map_changed(&self) {
         std::future::pending::<()>().await; // there is no other session
+    }
+
+    async fn members_changed(&self) {
+        std::future::pending::<()>().await; // there is no other member
     }
 }
 

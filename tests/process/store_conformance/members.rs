@@ -1,5 +1,7 @@
 //! Members, slots, the map and the planner's wishes.
 
+use collab_node::store::Judgement;
+
 use super::*;
 
 on_both! {
@@ -97,12 +99,13 @@ async fn a_superseded_process_is_no_member(bench: Bench) {
         documents: 3,
         resident_bytes: 1 << 40,
     };
-    let renewed = bench
-        .store
-        .renew(old.incarnation, LEASE, load)
-        .await
-        .unwrap()
-        .unwrap();
+    let renewed = held(
+        bench
+            .store
+            .renew(old.incarnation, &old.pod_uid, LEASE, load)
+            .await
+            .unwrap(),
+    );
     let [member] = renewed.members.as_slice() else {
         panic!("{renewed:?}")
     };
@@ -117,22 +120,10 @@ async fn a_superseded_process_is_no_member(bench: Bench) {
     );
 
     let new = bench.succeed(&old, &[]).await;
-    assert!(
-        bench
-            .store
-            .renew(old.incarnation, LEASE, load)
-            .await
-            .unwrap()
-            .is_none()
-    );
+    assert!(matches!(bench.renew(&old).await, Renewal::Superseded));
     let claimed = bench.claim(&old, &[Slot(1)]).await;
     assert!(claimed.is_empty(), "who is no member claims nothing");
-    let renewed = bench
-        .store
-        .renew(new.incarnation, LEASE, load)
-        .await
-        .unwrap()
-        .unwrap();
+    let renewed = bench.renewed(&new).await;
     assert_eq!(
         renewed
             .members
@@ -142,14 +133,7 @@ async fn a_superseded_process_is_no_member(bench: Bench) {
         [new.incarnation]
     );
     bench.store.leave(new.incarnation).await.unwrap();
-    assert!(
-        bench
-            .store
-            .renew(new.incarnation, LEASE, load)
-            .await
-            .unwrap()
-            .is_none()
-    );
+    assert!(matches!(bench.renew(&new).await, Renewal::Fenced));
 }
 
 async fn the_map_tells_what_changed(bench: Bench) {
@@ -239,12 +223,10 @@ async fn three_nodes_start_at_once_on_an_empty_database() {
         stores.push((store, incarnation));
     }
     assert_eq!(owners.len(), usize::from(SLOTS));
-    let renewed = stores[0]
+    let renewal = stores[0]
         .0
-        .renew(stores[0].1, LEASE, LoadSample::default())
-        .await
-        .unwrap()
-        .unwrap();
+        .renew(stores[0].1, "pod of node-0", LEASE, LoadSample::default());
+    let renewed = held(renewal.await.unwrap());
     assert_eq!(
         renewed
             .members
@@ -315,7 +297,7 @@ async fn an_ended_lease_gives_slots_away_until_it_is_renewed() {
     let short = Duration::from_millis(50);
     bench
         .store
-        .renew(b.incarnation, short, LoadSample::default())
+        .renew(b.incarnation, &b.pod_uid, short, LoadSample::default())
         .await
         .unwrap();
     tokio::time::sleep(short + Duration::from_millis(10)).await;
@@ -333,6 +315,111 @@ async fn an_ended_lease_gives_slots_away_until_it_is_renewed() {
         "what nobody took is its own again"
     );
     assert_eq!(bench.store.summary().await.unwrap().adoptions, 1);
+}
+
+const AGE: Duration = Duration::from_millis(150);
+
+#[tokio::test]
+async fn a_lease_is_ended_early_only_when_it_was_not_renewed_for_a_while() {
+    let bench = Bench::postgres().await;
+    let (lost, judge) = (bench.owner().await, bench.node("node-1").await);
+    let end = || {
+        bench
+            .store
+            .end_lease(judge.incarnation, lost.incarnation, AGE)
+    };
+    bench.renewed(&lost).await;
+    let Judgement::Fresh(age) = end().await.unwrap() else {
+        panic!("it was renewed just now")
+    };
+    assert!(age < AGE, "{age:?}");
+    assert!(bench.claim(&judge, &[Slot(1)]).await.is_empty());
+
+    tokio::time::sleep(AGE).await;
+    assert_eq!(end().await.unwrap(), Judgement::Ended);
+    assert_eq!(
+        end().await.unwrap(),
+        Judgement::Void,
+        "it has no lease any more"
+    );
+    assert_eq!(
+        bench.claim(&judge, &[Slot(1)]).await,
+        [(Slot(1), Epoch(2))],
+        "its slots are orphaned at once"
+    );
+    // It lives after all: it may not go on, and comes back as another incarnation of the same pod.
+    assert!(matches!(bench.renew(&lost).await, Renewal::Fenced));
+    assert!(bench.claim(&lost, &[Slot(2)]).await.is_empty());
+    let again = bench.succeed(&lost, &[2]).await;
+    assert_eq!(again.epoch(2), Epoch(2));
+    assert_eq!(bench.renewed(&again).await.members.len(), 2);
+}
+
+#[tokio::test]
+async fn who_has_no_lease_judges_nobody() {
+    let bench = Bench::postgres().await;
+    let (target, judge) = (bench.node("node-0").await, bench.node("node-1").await);
+    tokio::time::sleep(AGE).await;
+    let end = async |judge, target| bench.store.end_lease(judge, target, AGE).await.unwrap();
+    let (me, stranger) = (judge.incarnation, Uuid::new_v4());
+    assert_eq!(end(me, stranger).await, Judgement::Void);
+    assert_eq!(end(stranger, me).await, Judgement::Void);
+    assert_eq!(end(me, me).await, Judgement::Void);
+    let ended = Duration::ZERO;
+    let renewal = bench
+        .store
+        .renew(me, &judge.pod_uid, ended, LoadSample::default());
+    held(renewal.await.unwrap());
+    tokio::time::sleep(AGE).await;
+    assert_eq!(end(me, target.incarnation).await, Judgement::Void);
+    bench.renewed(&target).await;
+}
+
+#[tokio::test]
+async fn of_two_members_that_judge_each_other_one_stays() {
+    let bench = Bench::postgres().await;
+    for _ in 0..20 {
+        let (a, b) = (bench.node("node-0").await, bench.node("node-1").await);
+        tokio::time::sleep(AGE).await;
+        let end = |judge: &Node, target: &Node| {
+            let (judge, target) = (judge.incarnation, target.incarnation);
+            let store = bench.store.clone();
+            tokio::spawn(async move { store.end_lease(judge, target, AGE).await.unwrap() })
+        };
+        let (first, second) = (end(&a, &b), end(&b, &a));
+        let mut judgements = [first.await.unwrap(), second.await.unwrap()];
+        judgements.sort_by_key(|judgement| *judgement != Judgement::Ended);
+        assert_eq!(judgements, [Judgement::Ended, Judgement::Void]);
+    }
+}
+
+/// What is judged is the row as it is when it is locked, not as it was when the statement began.
+#[tokio::test]
+async fn a_renewal_in_between_saves_the_lease() {
+    let bench = Bench::postgres().await;
+    let (target, judge) = (bench.node("node-0").await, bench.node("node-1").await);
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    tokio::time::sleep(AGE).await;
+    let mut renewing = pool.begin().await.unwrap();
+    sqlx::query(
+        "update member set renewed_at = clock_timestamp() + interval '1 s' where incarnation = $1",
+    )
+    .bind(target.incarnation)
+    .execute(&mut *renewing)
+    .await
+    .unwrap();
+    let end = bench
+        .store
+        .end_lease(judge.incarnation, target.incarnation, AGE);
+    let commit = async {
+        tokio::time::sleep(AGE).await;
+        renewing.commit().await.unwrap();
+    };
+    let (judgement, ()) = tokio::join!(end, commit);
+    assert_eq!(judgement.unwrap(), Judgement::Fresh(Duration::ZERO));
+    bench.renewed(&target).await;
 }
 
 /// The judgement "its owner is lost" must not be made again, wrongly, for the owner that comes while
@@ -421,7 +508,12 @@ async fn a_change_of_the_map_wakes_the_others_and_nothing_else_does() {
         bench.append(&[node.update(&doc, 1, seq, "x")]).await;
         bench
             .store
-            .renew(node.incarnation, LEASE, LoadSample::default())
+            .renew(
+                node.incarnation,
+                &node.pod_uid,
+                LEASE,
+                LoadSample::default(),
+            )
             .await
             .unwrap();
     }
@@ -429,6 +521,20 @@ async fn a_change_of_the_map_wakes_the_others_and_nothing_else_does() {
         wait(Duration::from_millis(300)).await.is_err(),
         "appends and renewals are not told"
     );
+
+    let members = |time| tokio::time::timeout(time, other.members_changed());
+    while members(Duration::from_millis(200)).await.is_ok() {}
+    let newcomer = bench.node("node-1").await;
+    let soon = Duration::from_secs(5);
+    assert!(members(soon).await.is_ok(), "a new member is told");
+    let end = bench
+        .store
+        .end_lease(newcomer.incarnation, node.incarnation, Duration::ZERO);
+    assert_eq!(end.await.unwrap(), Judgement::Ended);
+    assert!(members(soon).await.is_ok(), "the end of a lease is told");
+    bench.store.leave(newcomer.incarnation).await.unwrap();
+    assert!(members(soon).await.is_ok(), "a departure is told");
+    assert!(wait(Duration::from_millis(300)).await.is_err());
 }
 
 #[tokio::test]

@@ -55,7 +55,12 @@ async fn a_killed_database_is_an_outage_and_loses_nothing() {
         assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
         let failed = bench
             .store
-            .renew(node.incarnation, LEASE, LoadSample::default())
+            .renew(
+                node.incarnation,
+                &node.pod_uid,
+                LEASE,
+                LoadSample::default(),
+            )
             .await
             .unwrap_err();
         assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
@@ -96,9 +101,12 @@ async fn a_restart_of_the_database_costs_one_call_and_not_one_per_session() {
                 .await
         };
         let load = bench.store.load(&names[0]);
-        let renew = bench
-            .store
-            .renew(node.incarnation, LEASE, LoadSample::default());
+        let renew = bench.store.renew(
+            node.incarnation,
+            &node.pod_uid,
+            LEASE,
+            LoadSample::default(),
+        );
         let (a, b, c) = (
             append(1, &names[0]),
             append(2, &names[1]),
@@ -130,11 +138,14 @@ async fn a_failover_of_the_database_is_seen() {
     let doc = document("a");
     node.write(&doc, 1, 1..=2).await;
     let renew = || {
-        bench
-            .store
-            .renew(node.incarnation, LEASE, LoadSample::default())
+        bench.store.renew(
+            node.incarnation,
+            &node.pod_uid,
+            LEASE,
+            LoadSample::default(),
+        )
     };
-    assert_eq!(renew().await.unwrap().unwrap().timeline, "00000001");
+    assert_eq!(held(renew().await.unwrap()).timeline, "00000001");
     let seen = bench.map(0).await;
 
     server.restart_as_standby().await.unwrap();
@@ -151,7 +162,7 @@ async fn a_failover_of_the_database_is_seen() {
         );
     }
     server.promote().await.unwrap();
-    let renewed = until_answered(renew).await.unwrap();
+    let renewed = held(until_answered(renew).await);
     assert_eq!(renewed.timeline, "00000002");
     let map = bench.map(seen.horizon).await;
     assert_eq!(
