@@ -20,3 +20,4 @@ pub mod server;
 pub mod store;
 pub mod tasks;
 pub mod watched;
+pub mod websocket;

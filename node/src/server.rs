@@ -6,14 +6,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
-use axum::extract::{Path, Query, Request, State, WebSocketUpgrade};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt;
 use collab_core::control::LoadSample;
 use collab_core::ids::DocumentId;
-use collab_core::limits::FRAME_BYTES_MAX;
 use futures::StreamExt;
 use serde::Deserialize;
 use tokio::net::TcpListener;
@@ -40,6 +39,7 @@ use crate::store::postgres::Postgres;
 use crate::store::sqlite::Sqlite;
 use crate::store::{Registration, Store, StoreError};
 use crate::tasks::Tasks;
+use crate::websocket::Upgrade;
 
 /// Between two tries to reach a database that does not answer yet.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -194,7 +194,7 @@ async fn websocket(
     Path(document): Path<String>,
     Query(query): Query<SocketQuery>,
     headers: HeaderMap,
-    upgrade: WebSocketUpgrade,
+    upgrade: Upgrade,
 ) -> Response {
     let document = match DocumentId::new(&document) {
         Ok(document) => document,
@@ -205,9 +205,6 @@ async fn websocket(
     match visitor {
         Ok(visitor) => {
             let edge = app.edge.clone();
-            let upgrade = upgrade
-                .max_message_size(FRAME_BYTES_MAX)
-                .max_frame_size(FRAME_BYTES_MAX);
             upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor))
         }
         Err(error) => ApiError::Auth(error).into_response(),
