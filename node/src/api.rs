@@ -11,11 +11,13 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::auth::AuthError;
 use crate::documents::AskError;
+use crate::edge::ApplyError;
 use crate::server::App;
 use crate::store::StoreError;
 
 pub mod documents;
 pub mod owners;
+pub mod y_sweet;
 
 #[derive(OpenApi)]
 #[openapi(info(
@@ -38,7 +40,9 @@ pub fn router() -> Router<Arc<App>> {
 }
 
 fn described() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::with_openapi(Description::openapi()).merge(documents::router())
+    OpenApiRouter::with_openapi(Description::openapi())
+        .merge(documents::router())
+        .merge(y_sweet::router())
 }
 
 /// Every failure of the API as clients see it.
@@ -50,8 +54,8 @@ pub enum ApiError {
     Auth(AuthError),
     /// 404.
     Absent(String),
-    /// 409.
-    Exists(String),
+    /// 409: the document is in another state than the request needs.
+    Conflict(String),
     /// 503: try again.
     Unavailable(String),
 }
@@ -72,7 +76,7 @@ impl IntoResponse for ApiError {
             }
             Self::Auth(error) => (StatusCode::UNAUTHORIZED, error.to_string()),
             Self::Absent(error) => (StatusCode::NOT_FOUND, error),
-            Self::Exists(error) => (StatusCode::CONFLICT, error),
+            Self::Conflict(error) => (StatusCode::CONFLICT, error),
             Self::Unavailable(error) => (StatusCode::SERVICE_UNAVAILABLE, error),
         };
         (status, Json(ErrorBody { error })).into_response()
@@ -82,6 +86,17 @@ impl IntoResponse for ApiError {
 impl From<AuthError> for ApiError {
     fn from(error: AuthError) -> Self {
         Self::Auth(error)
+    }
+}
+
+impl From<ApplyError> for ApiError {
+    fn from(error: ApplyError) -> Self {
+        match error {
+            ApplyError::Invalid(reason) => Self::Bad(reason),
+            ApplyError::Gap { .. } => Self::Conflict(error.to_string()),
+            ApplyError::Denied(reason) => Self::Unavailable(reason),
+            ApplyError::Unknown => Self::Unavailable(error.to_string()),
+        }
     }
 }
 

@@ -1,9 +1,11 @@
 //! Who a client is: tokens (JWT, RFC 7519) signed with a shared secret (HS256).
 
+use std::time::Duration;
+
 use axum::http::HeaderMap;
 use collab_core::ids::DocumentId;
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
-use serde::Deserialize;
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use serde::{Deserialize, Serialize};
 
 use crate::edge::{Access, Visitor};
 
@@ -12,24 +14,33 @@ const LEEWAY_SECONDS: u64 = 30;
 
 /// Checks tokens.
 pub struct Auth {
-    key: Option<DecodingKey>,
+    keys: Option<Keys>,
     validation: Validation,
 }
 
+struct Keys {
+    check: DecodingKey,
+    sign: EncodingKey,
+}
+
 /// What a token says.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Claims {
     /// The user.
     pub sub: String,
     /// Documents it is for: ids, or prefixes that end in `*`. Without it: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub documents: Option<Vec<String>>,
     /// What it allows.
     #[serde(default)]
     pub scope: Scope,
+    /// Seconds since 1970 at which it ends; `None` only where no token is needed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exp: Option<f64>,
 }
 
 /// What a token allows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
     /// See.
@@ -37,6 +48,8 @@ pub enum Scope {
     /// See and change.
     #[default]
     Write,
+    /// See, change, and sign tokens for others: the application's own server.
+    Server,
 }
 
 /// Why a request is refused. The text tells the client nothing about documents or keys.
@@ -62,7 +75,10 @@ impl Auth {
         validation.validate_aud = false;
         validation.set_required_spec_claims(&["exp", "sub"]);
         Self {
-            key: secret.map(|secret| DecodingKey::from_secret(secret.as_bytes())),
+            keys: secret.map(|secret| Keys {
+                check: DecodingKey::from_secret(secret.as_bytes()),
+                sign: EncodingKey::from_secret(secret.as_bytes()),
+            }),
             validation,
         }
     }
@@ -72,17 +88,54 @@ impl Auth {
     /// # Errors
     /// When a token is needed and missing or not valid.
     pub fn claims(&self, headers: &HeaderMap, token: Option<&str>) -> Result<Claims, AuthError> {
-        let Some(key) = &self.key else {
+        self.check(bearer(headers).or(token))
+    }
+
+    /// Who a token is for.
+    ///
+    /// # Errors
+    /// When one is needed and missing or not valid.
+    pub fn check(&self, token: Option<&str>) -> Result<Claims, AuthError> {
+        let Some(keys) = &self.keys else {
             return Ok(Claims {
                 sub: String::new(),
                 documents: None,
-                scope: Scope::Write,
+                scope: Scope::Server,
+                exp: None,
             });
         };
-        let token = bearer(headers).or(token).ok_or(AuthError::Missing)?;
-        jsonwebtoken::decode::<Claims>(token, key, &self.validation)
+        let token = token.ok_or(AuthError::Missing)?;
+        jsonwebtoken::decode::<Claims>(token, &keys.check, &self.validation)
             .map(|data| data.claims)
             .map_err(|error| AuthError::Invalid(error.to_string()))
+    }
+
+    /// Signs a token for one document, valid from now on; `None` where none is needed.
+    pub fn sign(
+        &self,
+        document: &DocumentId,
+        user: String,
+        scope: Scope,
+        valid: Duration,
+    ) -> Option<String> {
+        let ends = jsonwebtoken::get_current_timestamp() + valid.as_secs();
+        // A pattern would be for more than this document; no id that can be named here ends in a star.
+        let claims = Claims {
+            sub: user,
+            documents: Some(vec![document.as_str().to_owned()]),
+            scope,
+            #[expect(
+                clippy::cast_precision_loss,
+                reason = "a time of this age of the world"
+            )]
+            exp: Some(ends as f64),
+        };
+        jsonwebtoken::encode(
+            &Header::new(Algorithm::HS256),
+            &claims,
+            &self.keys.as_ref()?.sign,
+        )
+        .ok()
     }
 }
 
@@ -116,19 +169,39 @@ impl Claims {
     /// When the token is for other documents, or for reading only.
     pub fn to_write(&self, document: &DocumentId) -> Result<(), AuthError> {
         self.to_read(document)?;
-        if self.scope == Scope::Write {
-            Ok(())
-        } else {
-            Err(AuthError::Forbidden)
+        match self.scope {
+            Scope::Write | Scope::Server => Ok(()),
+            Scope::Read => Err(AuthError::Forbidden),
         }
+    }
+
+    /// Checks that tokens for a document may be signed.
+    ///
+    /// # Errors
+    /// When the token is for other documents, or not for signing.
+    pub fn to_sign(&self, document: &DocumentId) -> Result<(), AuthError> {
+        self.to_read(document)?;
+        match self.scope {
+            Scope::Server => Ok(()),
+            Scope::Read | Scope::Write => Err(AuthError::Forbidden),
+        }
+    }
+
+    /// How long the token is accepted still; `None`: for ever.
+    pub fn time_left(&self) -> Option<Duration> {
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "seconds, and not to the last one"
+        )]
+        let left = self.exp? - jsonwebtoken::get_current_timestamp() as f64 + LEEWAY_SECONDS as f64;
+        Some(Duration::try_from_secs_f64(left).unwrap_or_default())
     }
 
     /// The visitor of a document.
     pub fn visitor(self) -> Visitor {
-        let access = if self.scope == Scope::Write {
-            Access::Write
-        } else {
-            Access::Read
+        let access = match self.scope {
+            Scope::Write | Scope::Server => Access::Write,
+            Scope::Read => Access::Read,
         };
         Visitor {
             author: self.sub,
@@ -173,6 +246,31 @@ mod tests {
         let document = DocumentId::new("notes").unwrap();
         assert!(reader.to_read(&document).is_ok());
         assert_eq!(reader.to_write(&document), Err(AuthError::Forbidden));
+    }
+
+    #[test]
+    fn only_a_servers_token_signs_for_others_and_what_it_signs_is_for_one_document() {
+        let document = DocumentId::new("notes").unwrap();
+        for (scope, signs) in [("read", false), ("write", false), ("server", true)] {
+            let claims = checked(&json!({"sub": "app", "exp": later(), "scope": scope})).unwrap();
+            assert_eq!(claims.to_sign(&document).is_ok(), signs, "{scope}");
+        }
+        let auth = Auth::new(Some(SECRET));
+        let hour = Duration::from_hours(1);
+        let token = auth.sign(&document, "ada".to_owned(), Scope::Read, hour);
+        let claims = auth.check(token.as_deref()).unwrap();
+        assert_eq!(claims.sub, "ada");
+        assert_eq!(claims.to_read(&document), Ok(()));
+        assert_eq!(claims.to_write(&document), Err(AuthError::Forbidden));
+        assert_eq!(
+            claims.to_read(&DocumentId::new("notes2").unwrap()),
+            Err(AuthError::Forbidden)
+        );
+        let left = claims.time_left().unwrap();
+        assert!(hour <= left && left < 2 * hour, "{left:?}");
+        let open = Auth::new(None);
+        assert_eq!(open.sign(&document, String::new(), Scope::Read, hour), None);
+        assert_eq!(open.check(None).unwrap().to_sign(&document), Ok(()));
     }
 
     #[test]

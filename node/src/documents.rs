@@ -787,6 +787,22 @@ impl Owned {
             ToOwner::QueryAwareness { connection } => Input::QueryAwareness {
                 peer: peer(connection),
             },
+            ToOwner::Compare {
+                connection,
+                number,
+                update,
+            } => Input::Compare {
+                peer: peer(connection),
+                number,
+                update,
+            },
+            ToOwner::Stateless {
+                connection,
+                payload,
+            } => Input::Stateless {
+                peer: peer(connection),
+                payload,
+            },
         })
     }
 
@@ -794,6 +810,7 @@ impl Owned {
     fn handle(&mut self, input: Input) -> Option<End> {
         let culprit = match &input {
             Input::Update { peer, .. }
+            | Input::Compare { peer, .. }
             | Input::Awareness { peer, .. }
             | Input::Step1 { peer, .. } => Some(*peer),
             _ => None,

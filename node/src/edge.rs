@@ -2,7 +2,8 @@
 //!
 //! Every node is an edge for every document. All sockets of one document share a [`room`], which keeps
 //! one channel to the owner, wherever that is, and finds the new one when it moves; the sockets stay
-//! open meanwhile. The room owns the receipts: it knows what each socket is owed.
+//! open meanwhile. The room owns the receipts: it knows what each socket is owed. Rooms speak of what
+//! clients are told, and a [`family`] puts it into the bytes of its clients.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,8 +18,8 @@ use collab_core::wire::y_websocket;
 use futures::{Sink, SinkExt, Stream, StreamExt};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep, timeout};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::documents::Documents;
 use crate::members::Members;
@@ -26,8 +27,16 @@ use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::tasks::Tasks;
 
+mod apply;
+mod family;
+mod hocuspocus;
 mod room;
 
+pub use apply::ApplyError;
+pub use family::Family;
+pub use hocuspocus::{Admitted, Gate};
+
+use hocuspocus::Hocuspocus;
 use room::{FromSocket, Room};
 
 /// Frames that may wait for a socket; one that is slower is closed and catches up when it comes back.
@@ -47,7 +56,7 @@ pub enum Access {
 }
 
 /// Who is at a socket.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Visitor {
     /// The authenticated user, or empty.
     pub author: String,
@@ -78,6 +87,60 @@ struct RoomEntry {
 struct Close {
     code: u16,
     reason: String,
+}
+
+impl Close {
+    fn new(code: u16, reason: impl Into<String>) -> Self {
+        Self {
+            code,
+            reason: reason.into(),
+        }
+    }
+}
+
+/// What a socket gives to the rooms of its documents.
+#[derive(Clone, Debug)]
+struct Line {
+    /// Frames for the client.
+    out: mpsc::Sender<Bytes>,
+    /// A room has done with a connection: it is to be closed.
+    ends: mpsc::UnboundedSender<(ConnectionId, Close)>,
+    /// Updates that may be read before one of them is receipted.
+    credit: Arc<Semaphore>,
+}
+
+/// A document that a socket holds. The room forgets it when this is dropped.
+#[derive(Debug)]
+struct Membership {
+    connection: ConnectionId,
+    room: mpsc::UnboundedSender<FromSocket>,
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        let _ = self.room.send(FromSocket::Leave {
+            connection: self.connection,
+        });
+    }
+}
+
+/// The side of a socket that speaks its family's protocol.
+trait Client: Send {
+    /// Takes a frame. The error closes the socket.
+    fn received(&mut self, frame: &Bytes) -> Result<(), Close>;
+
+    /// A room has done with a connection. Answers how to close the socket, if that is what it means.
+    fn ended(&mut self, connection: ConnectionId, close: Close) -> Option<Close>;
+
+    /// When [`Client::woken`] is to be called next.
+    fn wakes_at(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Time has passed. The answer closes the socket.
+    fn woken(&mut self) -> Option<Close> {
+        None
+    }
 }
 
 /// Service restart: come back, another node is there.
@@ -117,21 +180,34 @@ impl Edge {
         self.lock_sockets().len()
     }
 
-    /// Serves a y-websocket client until either side closes.
-    pub async fn serve<S, E>(self: Arc<Self>, socket: S, document: DocumentId, visitor: Visitor)
+    /// Serves a client that has one document, until either side closes.
+    pub async fn serve<S, E>(
+        self: Arc<Self>,
+        socket: S,
+        document: DocumentId,
+        visitor: Visitor,
+        family: Family,
+    ) where
+        S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
+    {
+        self.run(socket, |line| {
+            let membership = self.join(&document, visitor, family, line.clone());
+            OneDocument {
+                edge: self.clone(),
+                membership,
+                line,
+            }
+        })
+        .await;
+    }
+
+    /// Serves a client of Hocuspocus, which brings a token for each of its documents to the `gate`.
+    pub async fn serve_hocuspocus<S, E>(self: Arc<Self>, socket: S, gate: Gate)
     where
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
-        let connection = ConnectionId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let (close, closed) = oneshot::channel();
-        self.lock_sockets().insert(connection, close);
-        self.metrics.connections.inc();
-        let code = self
-            .run_socket(socket, &document, visitor, connection, closed)
+        self.run(socket, |line| Hocuspocus::new(self.clone(), line, gate))
             .await;
-        self.lock_sockets().remove(&connection);
-        self.metrics.connections.dec();
-        tracing::debug!(document.id = %document, connection = connection.0, code, "socket closed");
     }
 
     /// Closes every socket with "service restart", at a limited rate and in no order that clients share.
@@ -155,12 +231,24 @@ impl Edge {
         }
     }
 
-    async fn run_socket<S, E>(
-        self: &Arc<Self>,
+    async fn run<S, E, C: Client>(&self, socket: S, client: impl FnOnce(Line) -> C)
+    where
+        S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
+    {
+        let id = self.next_connection();
+        let (close, closed) = oneshot::channel();
+        self.lock_sockets().insert(id, close);
+        self.metrics.connections.inc();
+        let code = self.run_socket(socket, client, closed).await;
+        self.lock_sockets().remove(&id);
+        self.metrics.connections.dec();
+        tracing::debug!(connection = id.0, code, "socket closed");
+    }
+
+    async fn run_socket<S, E, C: Client>(
+        &self,
         socket: S,
-        document: &DocumentId,
-        visitor: Visitor,
-        connection: ConnectionId,
+        client: impl FnOnce(Line) -> C,
         mut closed: oneshot::Receiver<Close>,
     ) -> u16
     where
@@ -168,25 +256,28 @@ impl Edge {
     {
         let (mut sink, mut stream) = socket.split();
         let (out, mut queue) = mpsc::channel::<Bytes>(SOCKET_QUEUE_FRAMES_MAX);
-        let (kick, mut kicked) = oneshot::channel();
-        let credit = Arc::new(tokio::sync::Semaphore::new(UNANSWERED_UPDATES_MAX));
-        let room = self.join(document, connection, visitor, out, kick, credit.clone());
+        let (ends, mut ended) = mpsc::unbounded_channel();
+        let credit = Arc::new(Semaphore::new(UNANSWERED_UPDATES_MAX));
+        let mut client = client(Line {
+            out,
+            ends,
+            credit: credit.clone(),
+        });
         let mut batch = Vec::new();
         let close = loop {
+            let wakes_at = client.wakes_at();
             tokio::select! {
                 biased;
-                kick = &mut kicked => {
-                    // Without a word: the room's task has ended, which a reconnect mends.
-                    break kick.unwrap_or_else(|_| Close { code: CLOSE_TRY_AGAIN, reason: "try again".to_owned() });
+                Some((connection, close)) = ended.recv() => {
+                    if let Some(close) = client.ended(connection, close) {
+                        break close;
+                    }
                 }
                 close = &mut closed => {
-                    break close.unwrap_or_else(|_| Close { code: CLOSE_RESTART, reason: String::new() });
+                    break close.unwrap_or_else(|_| Close::new(CLOSE_RESTART, ""));
                 }
-                count = queue.recv_many(&mut batch, 256) => {
-                    if count == 0 {
-                        break Close { code: CLOSE_TRY_AGAIN, reason: "this socket is too slow".to_owned() };
-                    }
-                    self.metrics.deliveries.inc_by(count as u64);
+                _ = queue.recv_many(&mut batch, 256) => {
+                    self.metrics.deliveries.inc_by(batch.len() as u64);
                     let sent = async {
                         for frame in batch.drain(..) {
                             sink.feed(WsMessage::Binary(frame)).await?;
@@ -194,34 +285,32 @@ impl Edge {
                         sink.flush().await
                     };
                     if let Ok(Ok(())) = timeout(SEND_TIMEOUT, sent).await {} else {
-                        let _ = room.send(FromSocket::Leave { connection });
                         return 1006;
                     }
                 }
                 frame = stream.next(), if 0 < credit.available_permits() => match frame {
                     Some(Ok(WsMessage::Binary(frame))) => {
-                        if let Err(error) = self.received(&room, connection, &frame, &credit) {
-                            break Close { code: CLOSE_INVALID, reason: error };
+                        if let Err(close) = client.received(&frame) {
+                            break close;
                         }
                     }
                     Some(Ok(WsMessage::Text(_))) => {
-                        let reason = "text frames are not part of the protocol".to_owned();
-                        break Close { code: 1003, reason };
+                        break Close::new(1003, "text frames are not part of the protocol");
                     }
                     Some(Ok(WsMessage::Ping(_) | WsMessage::Pong(_))) => {}
-                    Some(Ok(WsMessage::Close(_)) | Err(_)) | None => {
-                        let _ = room.send(FromSocket::Leave { connection });
-                        return 1000;
-                    }
+                    Some(Ok(WsMessage::Close(_)) | Err(_)) | None => return 1000,
                 },
                 // The room gives credit back; look again.
                 _ = credit.acquire(), if credit.available_permits() == 0 => {}
+                () = sleep_until(wakes_at.unwrap_or_else(Instant::now)), if wakes_at.is_some() => {
+                    if let Some(close) = client.woken() {
+                        break close;
+                    }
+                }
             }
         };
-        let _ = room.send(FromSocket::Leave { connection });
-        let code = close.code;
-        tracing::debug!(document.id = %document, code, reason = close.reason, "closing a socket");
-        let mut reason = close.reason;
+        let Close { code, mut reason } = close;
+        tracing::debug!(code, reason, "closing a socket");
         reason.truncate(reason.floor_char_boundary(120));
         let farewell = WsMessage::Close(Some(CloseFrame {
             code,
@@ -231,45 +320,33 @@ impl Edge {
         code
     }
 
-    /// Takes a frame of a client apart. The error is for the client.
-    fn received(
+    /// Passes on what a client sent, sharing the memory of its frame.
+    fn pass(
         &self,
-        room: &mpsc::UnboundedSender<FromSocket>,
-        connection: ConnectionId,
+        membership: &Membership,
+        line: &Line,
+        message: &y_websocket::Message<'_>,
         frame: &Bytes,
-        credit: &tokio::sync::Semaphore,
-    ) -> Result<(), String> {
-        for message in y_websocket::parse(frame) {
-            let message = match message {
-                Ok(message) => message,
-                Err(error) if error.is_violation() => return Err(error.to_string()),
-                Err(error) => {
-                    tracing::debug!(%error, "a frame was ignored");
-                    return Ok(());
+    ) {
+        if let Some(input) = FromSocket::of(membership.connection, message, frame) {
+            if let FromSocket::Update { .. } = input {
+                self.metrics.updates_received.inc();
+                if let Ok(permit) = line.credit.try_acquire() {
+                    permit.forget();
                 }
-            };
-            if let Some(input) = FromSocket::of(connection, &message, frame) {
-                if let FromSocket::Update { .. } = input {
-                    self.metrics.updates_received.inc();
-                    if let Ok(permit) = credit.try_acquire() {
-                        permit.forget();
-                    }
-                }
-                let _ = room.send(input);
             }
+            let _ = membership.room.send(input);
         }
-        Ok(())
     }
 
     fn join(
         self: &Arc<Self>,
         document: &DocumentId,
-        connection: ConnectionId,
         visitor: Visitor,
-        out: mpsc::Sender<Bytes>,
-        kick: oneshot::Sender<Close>,
-        credit: Arc<tokio::sync::Semaphore>,
-    ) -> mpsc::UnboundedSender<FromSocket> {
+        family: Family,
+        line: Line,
+    ) -> Membership {
+        let connection = self.next_connection();
         let mut rooms = self.lock_rooms();
         let entry = rooms.entry(document.clone()).or_insert_with(|| {
             let id = self.next_id.fetch_add(1, Ordering::Relaxed);
@@ -282,11 +359,17 @@ impl Edge {
         let _ = entry.inputs.send(FromSocket::Join {
             connection,
             visitor,
-            out,
-            kick,
-            credit,
+            family,
+            line,
         });
-        entry.inputs.clone()
+        Membership {
+            connection,
+            room: entry.inputs.clone(),
+        }
+    }
+
+    fn next_connection(&self) -> ConnectionId {
+        ConnectionId(self.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Takes an empty room out of the table, unless somebody has just joined.
@@ -314,5 +397,36 @@ impl Edge {
 
     fn lock_sockets(&self) -> MutexGuard<'_, BTreeMap<ConnectionId, oneshot::Sender<Close>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A client of y-websocket or y-sweet.
+struct OneDocument {
+    edge: Arc<Edge>,
+    membership: Membership,
+    line: Line,
+}
+
+impl Client for OneDocument {
+    fn received(&mut self, frame: &Bytes) -> Result<(), Close> {
+        for message in y_websocket::parse(frame) {
+            match message {
+                Ok(message) => self
+                    .edge
+                    .pass(&self.membership, &self.line, &message, frame),
+                Err(error) if error.is_violation() => {
+                    return Err(Close::new(CLOSE_INVALID, error.to_string()));
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "a frame was ignored");
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, _connection: ConnectionId, close: Close) -> Option<Close> {
+        Some(close)
     }
 }

@@ -16,20 +16,20 @@ use collab_core::ids::DocumentId;
 use futures::StreamExt;
 use serde::Deserialize;
 use tokio::net::TcpListener;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tower::ServiceExt;
 use tower_http::set_header::SetResponseHeaderLayer;
 
 use crate::admin;
 use crate::api::owners::Owners;
 use crate::api::{self, ApiError};
-use crate::auth::Auth;
+use crate::auth::{Auth, bearer};
 use crate::bus::Bus;
 use crate::bus::memory::NoBus;
 use crate::bus::redis::RedisBus;
 use crate::config::{Config, Storage};
 use crate::documents::Documents;
-use crate::edge::Edge;
+use crate::edge::{Admitted, Edge, Family, Gate, Visitor};
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::node::{Node, Surroundings};
@@ -169,7 +169,9 @@ async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
 /// What clients reach.
 fn public(app: &Arc<App>, with_health: bool) -> Router {
     let router = Router::new()
-        .route("/ws/{*document}", get(websocket))
+        .route("/ws/{*document}", get(y_websocket))
+        .route("/hocuspocus", get(hocuspocus))
+        .route("/d/{document}/ws/{again}", get(y_sweet))
         .merge(api::router())
         .merge(page::router());
     let router = if with_health {
@@ -189,26 +191,73 @@ struct SocketQuery {
     token: Option<String>,
 }
 
-async fn websocket(
+async fn y_websocket(
     State(app): State<Arc<App>>,
     Path(document): Path<String>,
     Query(query): Query<SocketQuery>,
     headers: HeaderMap,
     upgrade: Upgrade,
 ) -> Response {
-    let document = match DocumentId::new(&document) {
-        Ok(document) => document,
-        Err(error) => return ApiError::Bad(error.to_string()).into_response(),
+    let serve = one_document(&app, &document, &query, &headers);
+    serve.map_or_else(IntoResponse::into_response, |(document, visitor)| {
+        let edge = app.edge.clone();
+        upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor, Family::YWebsocket))
+    })
+}
+
+/// y-sweet's client puts the id behind an address that has it already.
+async fn y_sweet(
+    State(app): State<Arc<App>>,
+    Path((document, again)): Path<(String, String)>,
+    Query(query): Query<SocketQuery>,
+    headers: HeaderMap,
+    upgrade: Upgrade,
+) -> Response {
+    let serve = if document == again {
+        one_document(&app, &document, &query, &headers)
+    } else {
+        let error = format!("the address is for {document} and for {again}");
+        Err(ApiError::Bad(error))
     };
-    let claims = app.auth.claims(&headers, query.token.as_deref());
-    let visitor = claims.and_then(|claims| claims.to_read(&document).map(|()| claims.visitor()));
-    match visitor {
-        Ok(visitor) => {
-            let edge = app.edge.clone();
-            upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor))
-        }
-        Err(error) => ApiError::Auth(error).into_response(),
-    }
+    serve.map_or_else(IntoResponse::into_response, |(document, visitor)| {
+        let edge = app.edge.clone();
+        upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor, Family::YSweet))
+    })
+}
+
+fn one_document(
+    app: &App,
+    document: &str,
+    query: &SocketQuery,
+    headers: &HeaderMap,
+) -> Result<(DocumentId, Visitor), ApiError> {
+    let document = DocumentId::new(document).map_err(|error| ApiError::Bad(error.to_string()))?;
+    let claims = app.auth.claims(headers, query.token.as_deref())?;
+    claims.to_read(&document)?;
+    Ok((document, claims.visitor()))
+}
+
+/// Hocuspocus' provider brings its tokens inside the socket; one in the request stands in for those it leaves empty.
+async fn hocuspocus(
+    State(app): State<Arc<App>>,
+    Query(query): Query<SocketQuery>,
+    headers: HeaderMap,
+    upgrade: Upgrade,
+) -> Response {
+    let edge = app.edge.clone();
+    let fallback = bearer(&headers).map(str::to_owned).or(query.token);
+    let gate: Gate = Arc::new(move |document, token| {
+        let token = Some(token).filter(|token| !token.is_empty());
+        let claims = app.auth.check(token.or(fallback.as_deref()));
+        let admitted = claims.and_then(|claims| {
+            claims.to_read(document)?;
+            let until = claims.time_left().map(|left| Instant::now() + left);
+            let visitor = claims.visitor();
+            Ok(Admitted { visitor, until })
+        });
+        admitted.map_err(|error| error.to_string())
+    });
+    upgrade.on_upgrade(move |socket| edge.serve_hocuspocus(socket, gate))
 }
 
 /// Routes that come once there is something behind them; until then only "alive" is answered.

@@ -9,7 +9,7 @@ use collab_core::ids::{ConnectionId, DocumentId, Epoch, Seq};
 use collab_core::scan::{Places, scan_state_vector, scan_update};
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable, UpdateKind};
 use collab_core::wire::varint::{Reader, write_var_bytes};
-use collab_core::wire::{awareness, y_websocket};
+use collab_core::wire::{awareness, hocuspocus, y_sweet, y_websocket};
 use collab_node::auth::{Auth, bearer};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::json;
@@ -76,6 +76,7 @@ pub(super) fn frames() -> Target {
     for update in sessions::updates() {
         seeds.push(y_websocket::update(&update).to_vec());
         seeds.push(y_websocket::sync_step2(&update).to_vec());
+        seeds.push(hocuspocus::update("notes/1", &update).to_vec());
     }
     for vector in sessions::vectors() {
         let mut several = y_websocket::sync_step1(&vector).to_vec();
@@ -98,10 +99,15 @@ pub(super) fn frames() -> Target {
         }
     }
     seeds.push(y_websocket::permission_denied("no").to_vec());
-    seeds.push(y_websocket::saved(&[1, 7]).to_vec());
+    seeds.push(y_sweet::saved(&[1, 7]).to_vec());
+    seeds.push(hocuspocus::sync_step1("notes/1\0session", &[0]).to_vec());
+    seeds.push(hocuspocus::awareness("notes/1", &[0]).to_vec());
+    seeds.push(hocuspocus::stateless("notes/1", b"ring").to_vec());
+    seeds.push(b"\x07notes/1\x02\x00\x05token\x054.8.0".to_vec());
+    seeds.push(b"\x07notes/1\x07".to_vec());
     seeds.push(y_websocket::KEEPALIVE.to_vec());
     mutated("frames", 1, 10, seeds, |input| {
-        let mut understood = false;
+        let mut understood = hocuspocus_frame(input);
         for message in y_websocket::parse(input) {
             let Ok(message) = message else {
                 break;
@@ -123,7 +129,7 @@ pub(super) fn frames() -> Target {
                     y_websocket::permission_denied(reason)
                 }
                 y_websocket::Message::QueryAwareness => y_websocket::query_awareness(),
-                y_websocket::Message::Saved { payload } => y_websocket::saved(payload),
+                y_websocket::Message::Saved { payload } => y_sweet::saved(payload),
             };
             let again: Vec<_> = y_websocket::parse(&again).collect();
             assert_eq!(again, [Ok(message)]);
@@ -132,80 +138,43 @@ pub(super) fn frames() -> Target {
     })
 }
 
+/// As [`frames`], for the family whose frames have an address. Whether it was understood.
+fn hocuspocus_frame(input: &[u8]) -> bool {
+    let Ok(frame) = hocuspocus::parse(input) else {
+        return false;
+    };
+    let hocuspocus::Frame::Message { address, message } = &frame else {
+        return true;
+    };
+    assert!(address.0.starts_with(address.document()));
+    let again = match message {
+        hocuspocus::Message::Common(y_websocket::Message::SyncStep1 { state_vector }) => {
+            hocuspocus::sync_step1(address.0, state_vector)
+        }
+        hocuspocus::Message::Common(y_websocket::Message::SyncStep2 { update }) => {
+            hocuspocus::sync_step2(address.0, update)
+        }
+        hocuspocus::Message::Common(y_websocket::Message::Update { update }) => {
+            hocuspocus::update(address.0, update)
+        }
+        hocuspocus::Message::Common(y_websocket::Message::Awareness(entries)) => {
+            hocuspocus::awareness(address.0, entries.payload())
+        }
+        hocuspocus::Message::Stateless { payload } => {
+            hocuspocus::stateless(address.0, payload.as_bytes())
+        }
+        // A server has no words for these.
+        _ => return true,
+    };
+    assert_eq!(hocuspocus::parse(&again).as_ref(), Ok(&frame));
+    true
+}
+
 /// What one node understands of another is what it would write itself.
 pub(super) fn relay() -> Target {
-    let connection = ConnectionId(7);
     let channel = Channel(3);
     let some = Bytes::from_static(&[1, 1, 1, 0, 4, 1, 1, b't', 2, b'a', b'b', 0]);
-    let reason = "why".to_owned();
-    let to_owner = [
-        ToOwner::Attach {
-            document: DocumentId::new("a/b ä").unwrap(),
-            since: some.clone(),
-        },
-        ToOwner::Detach,
-        ToOwner::Join {
-            connection,
-            author: "ada".to_owned(),
-        },
-        ToOwner::Leave { connection },
-        ToOwner::Step1 {
-            connection,
-            state_vector: some.clone(),
-        },
-        ToOwner::Update {
-            connection,
-            number: 9,
-            kind: UpdateKind::Step2,
-            update: some.clone(),
-        },
-        ToOwner::Awareness {
-            connection,
-            payload: some.clone(),
-        },
-        ToOwner::QueryAwareness { connection },
-    ];
-    let to_edge = [
-        ToEdge::Attached {
-            epoch: Epoch(5),
-            state_vector: some.clone(),
-        },
-        ToEdge::CatchUp {
-            update: some.clone(),
-        },
-        ToEdge::FanOut {
-            except: Some(connection),
-            update: some.clone(),
-        },
-        ToEdge::Presence {
-            payload: some.clone(),
-        },
-        ToEdge::PresenceTo {
-            connection,
-            payload: some.clone(),
-        },
-        ToEdge::Step1 {
-            connection,
-            state_vector: some.clone(),
-        },
-        ToEdge::Step2 {
-            connection,
-            update: some,
-        },
-        ToEdge::Receipt {
-            connection,
-            upto: 9,
-        },
-        ToEdge::Refused {
-            connection,
-            reason: reason.clone(),
-        },
-        ToEdge::Moved { epoch: Epoch(6) },
-        ToEdge::Unavailable {
-            cause: Unavailable::Degraded,
-            reason,
-        },
-    ];
+    let (to_owner, to_edge) = (to_owner(&some), to_edge(&some));
     let to_owner = to_owner
         .iter()
         .map(|message| message.encode(channel).to_vec());
@@ -232,6 +201,96 @@ pub(super) fn relay() -> Target {
         }
         understood
     })
+}
+
+fn to_owner(some: &Bytes) -> Vec<ToOwner> {
+    let connection = ConnectionId(7);
+    vec![
+        ToOwner::Attach {
+            document: DocumentId::new("a/b ä").unwrap(),
+            since: some.clone(),
+        },
+        ToOwner::Detach,
+        ToOwner::Join {
+            connection,
+            author: "ada".to_owned(),
+        },
+        ToOwner::Leave { connection },
+        ToOwner::Step1 {
+            connection,
+            state_vector: some.clone(),
+        },
+        ToOwner::Update {
+            connection,
+            number: 9,
+            kind: UpdateKind::Step2,
+            update: some.clone(),
+        },
+        ToOwner::Awareness {
+            connection,
+            payload: some.clone(),
+        },
+        ToOwner::QueryAwareness { connection },
+        ToOwner::Compare {
+            connection,
+            number: 10,
+            update: some.clone(),
+        },
+        ToOwner::Stateless {
+            connection,
+            payload: some.clone(),
+        },
+    ]
+}
+
+fn to_edge(some: &Bytes) -> Vec<ToEdge> {
+    let connection = ConnectionId(7);
+    let reason = "why".to_owned();
+    vec![
+        ToEdge::Attached {
+            epoch: Epoch(5),
+            state_vector: some.clone(),
+        },
+        ToEdge::CatchUp {
+            update: some.clone(),
+        },
+        ToEdge::Stateless {
+            except: Some(connection),
+            payload: some.clone(),
+        },
+        ToEdge::FanOut {
+            except: Some(connection),
+            update: some.clone(),
+        },
+        ToEdge::Presence {
+            payload: some.clone(),
+        },
+        ToEdge::PresenceTo {
+            connection,
+            payload: some.clone(),
+        },
+        ToEdge::Step1 {
+            connection,
+            state_vector: some.clone(),
+        },
+        ToEdge::Step2 {
+            connection,
+            update: some.clone(),
+        },
+        ToEdge::Receipt {
+            connection,
+            upto: 9,
+        },
+        ToEdge::Refused {
+            connection,
+            reason: reason.clone(),
+        },
+        ToEdge::Moved { epoch: Epoch(6) },
+        ToEdge::Unavailable {
+            cause: Unavailable::Degraded,
+            reason,
+        },
+    ]
 }
 
 /// A state vector that is sound is one for `yrs`, which reserves what it declares.

@@ -81,6 +81,22 @@ pub enum Input {
         /// V1 update.
         update: Bytes,
     },
+    /// What a client that may only read has: receipted if the document has it, too.
+    Compare {
+        /// The socket.
+        peer: Peer,
+        /// As in [`Input::Update`].
+        number: u64,
+        /// V1 update.
+        update: Bytes,
+    },
+    /// A message of a client's application to the others.
+    Stateless {
+        /// The socket.
+        peer: Peer,
+        /// The application's own.
+        payload: Bytes,
+    },
     /// A client's presence, received at `now`.
     Awareness {
         /// The socket.
@@ -267,6 +283,12 @@ impl Document {
                 kind,
                 update,
             } => self.update(peer, number, kind, update),
+            Input::Compare {
+                peer,
+                number,
+                update,
+            } => self.compare(peer, number, &update),
+            Input::Stateless { peer, payload } => self.stateless(peer, &payload),
             Input::Awareness { peer, payload, now } => self.awareness(peer, &payload, now),
             Input::QueryAwareness { peer } => self.presence_for(peer).into_iter().collect(),
             Input::Expire { now } => self.expire(now),
@@ -457,6 +479,47 @@ impl Document {
                 effects
             }
         }
+    }
+
+    fn compare(&mut self, peer: Peer, number: u64, update: &[u8]) -> Vec<Effect> {
+        let Some(socket) = self.sockets.get_mut(&peer) else {
+            return Vec::new();
+        };
+        socket.unanswered = socket.unanswered.saturating_sub(1);
+        match self.has_all_of(update) {
+            Ok(true) => self.receipt(peer, number).into_iter().collect(),
+            Ok(false) => Vec::new(),
+            Err(reason) => refuse(peer, reason),
+        }
+    }
+
+    /// Whether an update would change nothing. Costs a walk over the document if the update deletes.
+    fn has_all_of(&self, update: &[u8]) -> Result<bool, String> {
+        let refused = |error: &dyn std::error::Error| format!("update refused: {error}");
+        let scan = scan::scan_update(update).map_err(|error| refused(&error))?;
+        match scan.novelty(|client| self.places.next_clock(client)) {
+            Novelty::Nothing => Ok(true),
+            Novelty::New => Ok(false),
+            Novelty::MaybeDeletes => {
+                let update = Update::decode_v1(update).map_err(|error| refused(&error))?;
+                let deleted = self.doc.transact().snapshot().delete_set;
+                Ok(update.delete_set().diff(&deleted).is_empty())
+            }
+        }
+    }
+
+    fn stateless(&self, peer: Peer, payload: &Bytes) -> Vec<Effect> {
+        if !self.sockets.contains_key(&peer) {
+            return Vec::new();
+        }
+        let send = |to: &EdgeId| {
+            let message = ToEdge::Stateless {
+                except: (peer.edge == *to).then_some(peer.connection),
+                payload: payload.clone(),
+            };
+            Effect::Send { to: *to, message }
+        };
+        self.edges.iter().map(send).collect()
     }
 
     fn awareness(&mut self, peer: Peer, payload: &[u8], now: Duration) -> Vec<Effect> {
@@ -896,6 +959,72 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_is_receipted_only_for_what_the_document_has() {
+        let mut document = shared_by_alice_and_bob();
+        let mut alice = Typist::new(1);
+        let mut bob = Typist::new(2);
+        let shared = alice.types("shared");
+        document.handle(update(ALICE, 2, &shared));
+        bob.receives(&shared);
+        let compare = |number, update: Bytes| Input::Compare {
+            peer: BOB,
+            number,
+            update,
+        };
+        assert_eq!(document.handle(compare(2, bob.everything())), []);
+        assert_eq!(
+            document.handle(committed(1)).last(),
+            Some(&receipt(BOB, 2)),
+            "what is not durable yet is not receipted"
+        );
+        // A deletion leaves no trace in the state vector.
+        bob.deletes_first();
+        assert_eq!(document.handle(compare(3, bob.everything())), []);
+        document.handle(update(ALICE, 3, &bob.everything()));
+        document.handle(committed(2));
+        assert_eq!(
+            document.handle(compare(4, bob.everything())),
+            [receipt(BOB, 4)]
+        );
+        bob.types("own");
+        assert_eq!(document.handle(compare(5, bob.everything())), []);
+        assert_eq!(document.text("quill"), "hared");
+        assert_eq!(document.assigned_seq(), Seq(2));
+        let effects = document.handle(compare(6, Bytes::from_static(b"text")));
+        assert!(matches!(
+            effects[..],
+            [Effect::Send {
+                message: ToEdge::Refused { .. },
+                ..
+            }]
+        ));
+    }
+
+    #[test]
+    fn a_stateless_message_goes_to_every_edge_and_not_to_its_sender() {
+        let mut document = shared_by_alice_and_bob();
+        let payload = Bytes::from_static(b"ring");
+        let to = |peer: Peer, except| Effect::Send {
+            to: peer.edge,
+            message: ToEdge::Stateless {
+                except,
+                payload: payload.clone(),
+            },
+        };
+        let effects = document.handle(Input::Stateless {
+            peer: ALICE,
+            payload: payload.clone(),
+        });
+        assert_eq!(effects, [to(ALICE, Some(ALICE.connection)), to(BOB, None)]);
+        document.handle(Input::Leave { peer: ALICE });
+        let effects = document.handle(Input::Stateless {
+            peer: ALICE,
+            payload,
+        });
+        assert_eq!(effects, []);
+    }
+
+    #[test]
     fn malformed_bytes_close_their_socket_and_change_nothing() {
         let mut document = shared_by_alice_and_bob();
         for bytes in [
@@ -1019,6 +1148,11 @@ mod tests {
             let end = quill.len(&txn);
             quill.insert(&mut txn, end, text);
             txn.encode_update_v1().into()
+        }
+
+        fn deletes_first(&mut self) {
+            let quill = self.0.get_or_insert_text("quill");
+            quill.remove_range(&mut self.0.transact_mut(), 0, 1);
         }
 
         fn receives(&mut self, update: &[u8]) {

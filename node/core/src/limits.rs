@@ -41,6 +41,14 @@ pub const AWARENESS_BYTES_MAX: usize = 64 * 1024;
 pub const AWARENESS_CLIENTS_MAX: u64 = 10_000;
 /// Largest payload of a "saved" message (102); clients put a number in it.
 pub const SAVED_BYTES_MAX: usize = 256;
+/// Largest token of a client.
+pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
+/// Largest stateless message: applications send each other signals in it, not content.
+pub const STATELESS_BYTES_MAX: usize = 64 * 1024;
+/// Most documents that one socket may hold.
+pub const DOCUMENTS_PER_SOCKET_MAX: usize = 256;
+/// Bytes of messages about documents to which a socket has no access yet; they wait for its token.
+pub const PENDING_BYTES_MAX: usize = 1024 * 1024;
 /// Most client ids one socket may speak for: the tabs of one browser share theirs.
 pub const PRESENCE_PER_CONNECTION_MAX: usize = 16;
 

@@ -4,7 +4,12 @@
 //! each frame, because y-websocket 3 reads only the first.
 
 pub mod awareness;
+pub mod hocuspocus;
 pub mod json;
 pub mod relay;
 pub mod varint;
+pub mod y_sweet;
 pub mod y_websocket;
+
+#[cfg(test)]
+mod recorded;

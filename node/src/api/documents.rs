@@ -152,7 +152,7 @@ async fn create(
     let document = id(&wanted.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()))?;
     claims.to_write(&document)?;
     if app.owners.ask(&document, Request::Create).await? == Reply::Exists {
-        Err(ApiError::Exists(format!(
+        Err(ApiError::Conflict(format!(
             "a document named {document} exists; choose another id"
         )))
     } else {
@@ -261,11 +261,11 @@ fn readable(
     Ok((document, claims))
 }
 
-fn id(name: &str) -> Result<DocumentId, ApiError> {
+pub(super) fn id(name: &str) -> Result<DocumentId, ApiError> {
     DocumentId::new(name).map_err(|error| ApiError::Bad(error.to_string()))
 }
 
-async fn row(app: &App, document: &DocumentId) -> Result<DocumentRow, ApiError> {
+pub(super) async fn row(app: &App, document: &DocumentId) -> Result<DocumentRow, ApiError> {
     let row = app.store.document(document).await?;
     row.ok_or_else(|| ApiError::Absent(format!("there is no document {document}")))
 }

@@ -13,16 +13,18 @@ use bytes::Bytes;
 use collab_core::ids::{ConnectionId, DocumentId, Epoch, Slot};
 use collab_core::limits::{KEEPALIVE_AFTER, UNCOMMITTED_BYTES_MAX};
 use collab_core::scan;
+use collab_core::wire::hocuspocus::Status;
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable, UpdateKind};
-use collab_core::wire::y_websocket::{self, Message};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use collab_core::wire::y_websocket::Message;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
 use yrs::{ClientID, StateVector};
 
-use super::{Access, CLOSE_POLICY, CLOSE_TRY_AGAIN, Close, Edge, Visitor};
+use super::family::{Family, Shared, Told};
+use super::{Access, CLOSE_POLICY, CLOSE_TRY_AGAIN, Close, Edge, Line, Visitor};
 use crate::documents::{Attachment, EdgeSender};
 use crate::peers::RemoteChannel;
 
@@ -30,6 +32,8 @@ use crate::peers::RemoteChannel;
 const RETRY: Duration = Duration::from_millis(50);
 /// Before a document that cannot be served is tried again.
 const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
+/// An update without structs and without deletes.
+pub(super) const NO_EDITS: [u8; 2] = [0, 0];
 /// Between two looks for quiet sockets, and for an empty room.
 const TICK: Duration = Duration::from_secs(5);
 
@@ -39,9 +43,13 @@ pub(super) enum FromSocket {
     Join {
         connection: ConnectionId,
         visitor: Visitor,
-        out: mpsc::Sender<Bytes>,
-        kick: oneshot::Sender<Close>,
-        credit: Arc<Semaphore>,
+        family: Family,
+        line: Line,
+    },
+    /// The same socket may now do something else, or is somebody else's.
+    Admit {
+        connection: ConnectionId,
+        visitor: Visitor,
     },
     Leave {
         connection: ConnectionId,
@@ -49,6 +57,8 @@ pub(super) enum FromSocket {
     Step1 {
         connection: ConnectionId,
         state_vector: Bytes,
+        /// Changes that the client has counted since, and that were not passed on.
+        changes: u32,
     },
     Update {
         connection: ConnectionId,
@@ -66,6 +76,10 @@ pub(super) enum FromSocket {
         connection: ConnectionId,
         payload: Bytes,
     },
+    Stateless {
+        connection: ConnectionId,
+        payload: Bytes,
+    },
 }
 
 impl FromSocket {
@@ -80,6 +94,7 @@ impl FromSocket {
             Message::SyncStep1 { state_vector } => Self::Step1 {
                 connection,
                 state_vector: shared(state_vector),
+                changes: 0,
             },
             Message::SyncStep2 { update } => Self::Update {
                 connection,
@@ -154,10 +169,12 @@ impl ToOwnerSender {
 }
 
 struct Socket {
+    connection: ConnectionId,
     visitor: Visitor,
-    out: mpsc::Sender<Bytes>,
-    kick: Option<oneshot::Sender<Close>>,
-    credit: Arc<Semaphore>,
+    family: Family,
+    line: Line,
+    /// It was told to end.
+    ended: bool,
     /// The client's state vector, until its step 2 is sent.
     step1: Option<Bytes>,
     /// It got its step 2: edits may follow.
@@ -170,6 +187,8 @@ struct Socket {
     asked_before: u32,
     sent: u64,
     durable: u64,
+    /// Changes that were not accepted because it may only read.
+    refused: u32,
     owed: VecDeque<Owed>,
     owed_bytes: usize,
     awareness: Option<Bytes>,
@@ -180,6 +199,8 @@ struct Socket {
 struct Owed {
     number: u64,
     receipt: Receipt,
+    /// Of the update, which is not saved yet.
+    bytes: usize,
     since: Instant,
     holds_credit: bool,
 }
@@ -189,7 +210,9 @@ enum Receipt {
     Echo(Bytes),
     /// The payload that it asked to get back.
     Saved(Bytes),
-    /// Nothing: an answer without edits.
+    /// One change less to count.
+    Status,
+    /// Nothing.
     Silent,
 }
 
@@ -285,8 +308,8 @@ impl Room {
             );
             (ToOwnerSender::Remote(channel), from)
         };
-        for (connection, socket) in &self.sockets {
-            for message in socket.introduction(*connection) {
+        for socket in self.sockets.values() {
+            for message in socket.introduction() {
                 to.send(message);
             }
         }
@@ -333,7 +356,12 @@ impl Room {
     fn owner_says(&mut self, message: ToEdge) {
         match message {
             ToEdge::Attached { state_vector, .. } => {
-                self.denied = None;
+                if self.denied.take().is_some() {
+                    for socket in self.sockets.values_mut() {
+                        let access = socket.visitor.access;
+                        socket.tell(Told::Granted(access));
+                    }
+                }
                 let state_vector = StateVector::decode_v1(&state_vector).unwrap_or_default();
                 if self.catching_up.is_none() {
                     self.delivered.merge(state_vector);
@@ -346,19 +374,13 @@ impl Room {
                 Some(waiting) => waiting.push((except, update)),
                 None => self.fan_out(except, &update),
             },
-            ToEdge::Presence { payload } => {
-                let frame = y_websocket::awareness(&payload);
-                for socket in self.sockets.values_mut() {
-                    socket.put(frame.clone());
-                }
-            }
+            ToEdge::Presence { payload } => self.tell_all(None, Told::Presence(&payload)),
             ToEdge::PresenceTo {
                 connection,
                 payload,
-            } => {
-                self.with(connection, |socket| {
-                    socket.put(y_websocket::awareness(&payload));
-                });
+            } => self.with(connection, |socket| socket.tell(Told::Presence(&payload))),
+            ToEdge::Stateless { except, payload } => {
+                self.tell_all(except, Told::Stateless(&payload));
             }
             ToEdge::Step1 {
                 connection,
@@ -367,10 +389,10 @@ impl Room {
                 socket.asked += 1;
                 // The answer is behind what the client has sent already: read on to get to it.
                 socket.release_credit();
-                socket.put(y_websocket::sync_step1(&state_vector));
+                socket.tell(Told::Step1(&state_vector));
             }),
             ToEdge::Step2 { connection, update } => self.with(connection, |socket| {
-                socket.put(y_websocket::sync_step2(&update));
+                socket.tell(Told::Step2(&update));
                 socket.step1 = None;
                 socket.synced = true;
                 for frame in std::mem::take(&mut socket.held) {
@@ -411,18 +433,15 @@ impl Room {
         if self.denied.as_ref() == Some(&reason) {
             return;
         }
-        let frame = y_websocket::permission_denied(&reason);
-        for socket in self.sockets.values_mut() {
-            socket.put(frame.clone());
-        }
+        self.tell_all(None, Told::Denied(&reason));
         self.denied = Some(reason);
         self.delivered = StateVector::default();
     }
 
     fn caught_up(&mut self, update: &Bytes) {
-        let frame = y_websocket::update(update);
+        let mut shared = Shared::new(Told::Update(update));
         for socket in self.sockets.values_mut().filter(|socket| socket.synced) {
-            socket.put(frame.clone());
+            socket.tell_shared(&mut shared);
         }
         if let Some(upstream) = &mut self.upstream {
             self.delivered
@@ -434,15 +453,15 @@ impl Room {
     }
 
     fn fan_out(&mut self, except: Option<ConnectionId>, update: &Bytes) {
-        let frame = y_websocket::update(update);
+        let mut shared = Shared::new(Told::Update(update));
         for (connection, socket) in &mut self.sockets {
             if Some(*connection) == except {
                 continue;
             }
             if socket.synced {
-                socket.put(frame.clone());
+                socket.tell_shared(&mut shared);
             } else {
-                socket.held.push(frame.clone());
+                socket.held.extend(shared.frame(&socket.family));
             }
         }
         if let Ok(scan) = scan::scan_update(update) {
@@ -457,20 +476,29 @@ impl Room {
             FromSocket::Join {
                 connection,
                 visitor,
-                out,
-                kick,
-                credit,
+                family,
+                line,
             } => {
-                let mut socket = Socket::new(visitor, out, kick, credit);
-                if let Some(upstream) = &self.upstream {
-                    for message in socket.introduction(connection) {
-                        upstream.to.send(message);
-                    }
+                let mut socket = Socket::new(connection, visitor, family, line);
+                for message in socket.introduction() {
+                    self.to_owner(message);
                 }
                 if let Some(reason) = &self.denied {
-                    socket.put(y_websocket::permission_denied(reason));
+                    socket.tell(Told::Denied(reason));
                 }
                 self.sockets.insert(connection, socket);
+            }
+            FromSocket::Admit {
+                connection,
+                visitor,
+            } => {
+                let Some(socket) = self.sockets.get_mut(&connection) else {
+                    return;
+                };
+                socket.admit(visitor);
+                for message in socket.introduction() {
+                    self.to_owner(message);
+                }
             }
             FromSocket::Leave { connection } => {
                 self.sockets.remove(&connection);
@@ -480,9 +508,10 @@ impl Room {
             FromSocket::Step1 {
                 connection,
                 state_vector,
+                changes,
             } => {
                 self.with(connection, |socket| {
-                    socket.step1 = Some(state_vector.clone());
+                    socket.begin(state_vector.clone(), changes);
                 });
                 self.to_owner(ToOwner::Step1 {
                     connection,
@@ -515,6 +544,18 @@ impl Room {
             } => {
                 self.with(connection, |socket| socket.ask_receipt(payload));
             }
+            FromSocket::Stateless {
+                connection,
+                payload,
+            } => {
+                let sender = self.sockets.get(&connection);
+                if sender.is_some_and(|socket| socket.visitor.access == Access::Write) {
+                    self.to_owner(ToOwner::Stateless {
+                        connection,
+                        payload,
+                    });
+                }
+            }
         }
     }
 
@@ -523,8 +564,9 @@ impl Room {
         let Some(socket) = self.sockets.get_mut(&connection) else {
             return;
         };
-        if socket.visitor.access == Access::Read {
-            socket.credit.add_permits(1);
+        let access = socket.visitor.access;
+        if access == Access::Read && kind == UpdateKind::Update {
+            socket.refuse_update();
             self.edge
                 .metrics
                 .updates_refused
@@ -532,13 +574,30 @@ impl Room {
                 .inc();
             return;
         }
-        if let Some(number) = socket.take_update(kind, &update, attached) {
-            self.to_owner(ToOwner::Update {
+        let Some(number) = socket.take_update(kind, &update, attached) else {
+            return;
+        };
+        self.to_owner(match access {
+            Access::Write => ToOwner::Update {
                 connection,
                 number,
                 kind,
                 update,
-            });
+            },
+            Access::Read => ToOwner::Compare {
+                connection,
+                number,
+                update,
+            },
+        });
+    }
+
+    fn tell_all(&mut self, except: Option<ConnectionId>, told: Told<'_>) {
+        let mut shared = Shared::new(told);
+        for (connection, socket) in &mut self.sockets {
+            if Some(*connection) != except {
+                socket.tell_shared(&mut shared);
+            }
         }
     }
 
@@ -558,24 +617,20 @@ impl Room {
     fn keep_alive(&mut self) {
         for socket in self.sockets.values_mut() {
             if KEEPALIVE_AFTER <= socket.last_out.elapsed() {
-                socket.put(Bytes::from_static(y_websocket::KEEPALIVE));
+                socket.tell(Told::Alive);
             }
         }
     }
 }
 
 impl Socket {
-    fn new(
-        visitor: Visitor,
-        out: mpsc::Sender<Bytes>,
-        kick: oneshot::Sender<Close>,
-        credit: Arc<Semaphore>,
-    ) -> Self {
+    fn new(connection: ConnectionId, visitor: Visitor, family: Family, line: Line) -> Self {
         Self {
+            connection,
             visitor,
-            out,
-            kick: Some(kick),
-            credit,
+            family,
+            line,
+            ended: false,
             step1: None,
             synced: false,
             held: Vec::new(),
@@ -583,6 +638,7 @@ impl Socket {
             asked_before: 0,
             sent: 0,
             durable: 0,
+            refused: 0,
             owed: VecDeque::new(),
             owed_bytes: 0,
             awareness: None,
@@ -591,7 +647,8 @@ impl Socket {
     }
 
     /// What an owner that does not know this socket is to be told.
-    fn introduction(&self, connection: ConnectionId) -> Vec<ToOwner> {
+    fn introduction(&self) -> Vec<ToOwner> {
+        let connection = self.connection;
         let join = ToOwner::Join {
             connection,
             author: self.visitor.author.clone(),
@@ -611,9 +668,21 @@ impl Socket {
             .collect()
     }
 
+    fn tell(&mut self, told: Told<'_>) {
+        if let Some(frame) = self.family.frame(told) {
+            self.put(frame);
+        }
+    }
+
+    fn tell_shared(&mut self, shared: &mut Shared<'_>) {
+        if let Some(frame) = shared.frame(&self.family) {
+            self.put(frame);
+        }
+    }
+
     fn put(&mut self, frame: Bytes) {
         self.last_out = Instant::now();
-        if self.out.try_send(frame).is_err() {
+        if self.line.out.try_send(frame).is_err() {
             self.kick(
                 CLOSE_TRY_AGAIN,
                 "this socket is too slow; it gets the difference when it comes back",
@@ -622,11 +691,59 @@ impl Socket {
     }
 
     fn kick(&mut self, code: u16, reason: &str) {
-        if let Some(kick) = self.kick.take() {
-            let _ = kick.send(Close {
-                code,
-                reason: reason.to_owned(),
-            });
+        if !std::mem::replace(&mut self.ended, true) {
+            let close = Close::new(code, reason);
+            let _ = self.line.ends.send((self.connection, close));
+        }
+    }
+
+    /// The client begins to sync. One that counts its changes counts this as one, and forgets those before.
+    fn begin(&mut self, state_vector: Bytes, changes: u32) {
+        self.step1 = Some(state_vector);
+        if let Family::Hocuspocus { .. } = self.family {
+            for owed in &mut self.owed {
+                if let Receipt::Status = owed.receipt {
+                    owed.receipt = Receipt::Silent;
+                }
+            }
+            self.refused = 0;
+            // Not before it has answered for the first time: only then all that it has is here.
+            self.owe_statuses(self.sent.max(1), changes.saturating_add(1));
+        }
+    }
+
+    /// Another token: what was refused comes with the next answer, if it may write now.
+    fn admit(&mut self, visitor: Visitor) {
+        self.visitor = visitor;
+        if self.visitor.access == Access::Write {
+            let refused = std::mem::take(&mut self.refused);
+            self.owe_statuses(self.sent + 1, refused);
+        }
+    }
+
+    fn owe_statuses(&mut self, number: u64, count: u32) {
+        for _ in 0..count {
+            if number <= self.durable {
+                self.tell(Told::Status(Status::Saved));
+            } else {
+                self.owed.push_back(Owed {
+                    number,
+                    receipt: Receipt::Status,
+                    bytes: 0,
+                    since: Instant::now(),
+                    holds_credit: false,
+                });
+            }
+        }
+    }
+
+    /// A change that it may not make takes a number, which nothing receipts.
+    fn refuse_update(&mut self) {
+        self.sent += 1;
+        self.line.credit.add_permits(1);
+        if let Family::Hocuspocus { .. } = self.family {
+            self.refused = self.refused.saturating_add(1);
+            self.tell(Told::Status(Status::Refused));
         }
     }
 
@@ -635,33 +752,22 @@ impl Socket {
     fn take_update(&mut self, kind: UpdateKind, update: &Bytes, attached: bool) -> Option<u64> {
         self.sent += 1;
         let late = kind == UpdateKind::Step2 && 0 < self.asked_before;
-        let receipt = match kind {
-            UpdateKind::Update => Receipt::Echo(update.clone()),
-            UpdateKind::Step2 => {
-                if late {
-                    self.asked_before -= 1;
-                } else {
-                    self.asked = self.asked.saturating_sub(1);
-                }
-                // An update begins with the number of its sections: none, no edits.
-                let has_edits = update.first().is_some_and(|sections| *sections != 0);
-                if has_edits {
-                    Receipt::Echo(update.clone())
-                } else {
-                    Receipt::Silent
-                }
-            }
-        };
-        if let Receipt::Echo(bytes) = &receipt {
-            self.owed_bytes += bytes.len();
+        if late {
+            self.asked_before -= 1;
+        } else if kind == UpdateKind::Step2 {
+            self.asked = self.asked.saturating_sub(1);
         }
+        let has_edits = update.as_ref() != NO_EDITS && self.visitor.access == Access::Write;
+        let bytes = if has_edits { update.len() } else { 0 };
+        self.owed_bytes += bytes;
         let holds_credit = attached && !late && self.asked == 0;
         if !holds_credit {
-            self.credit.add_permits(1);
+            self.line.credit.add_permits(1);
         }
         self.owed.push_back(Owed {
             number: self.sent,
-            receipt,
+            receipt: self.receipt_for(kind, update),
+            bytes,
             since: Instant::now(),
             holds_credit,
         });
@@ -674,25 +780,38 @@ impl Socket {
         (!late).then_some(self.sent)
     }
 
+    fn receipt_for(&self, kind: UpdateKind, update: &Bytes) -> Receipt {
+        match (&self.family, kind) {
+            _ if self.visitor.access == Access::Read => Receipt::Silent,
+            (Family::YWebsocket, UpdateKind::Update) => Receipt::Echo(update.clone()),
+            (Family::YWebsocket, UpdateKind::Step2) if update.as_ref() != NO_EDITS => {
+                Receipt::Echo(update.clone())
+            }
+            (Family::Hocuspocus { .. }, UpdateKind::Update) => Receipt::Status,
+            _ => Receipt::Silent,
+        }
+    }
+
     /// The client wants to know when all it sent is durable; that needs its first answer, too.
     fn ask_receipt(&mut self, payload: Bytes) {
-        if self.visitor.access == Access::Read {
-            return;
-        }
         let number = self.sent.max(1);
         if number <= self.durable {
-            self.put(y_websocket::saved(&payload));
-        } else {
-            // Only the newest counts.
-            self.owed
-                .retain(|owed| !matches!(owed.receipt, Receipt::Saved(_)) || owed.number < number);
-            let owed = Owed {
-                number,
-                receipt: Receipt::Saved(payload),
-                since: Instant::now(),
-                holds_credit: false,
-            };
-            self.owed.push_back(owed);
+            self.tell(Told::Saved(&payload));
+            return;
+        }
+        // Only the newest counts.
+        self.owed
+            .retain(|owed| !matches!(owed.receipt, Receipt::Saved(_)) || owed.number < number);
+        self.owed.push_back(Owed {
+            number,
+            receipt: Receipt::Saved(payload),
+            bytes: 0,
+            since: Instant::now(),
+            holds_credit: false,
+        });
+        if self.family == Family::YSweet {
+            // It closes a socket on which it hears nothing for 3 s.
+            self.tell(Told::Alive);
         }
     }
 
@@ -707,15 +826,16 @@ impl Socket {
                 return;
             };
             if owed.holds_credit {
-                self.credit.add_permits(1);
+                self.line.credit.add_permits(1);
+            }
+            if 0 < owed.bytes {
+                self.owed_bytes -= owed.bytes;
+                ack_seconds.observe(owed.since.elapsed().as_secs_f64());
             }
             match owed.receipt {
-                Receipt::Echo(update) => {
-                    self.owed_bytes -= update.len();
-                    ack_seconds.observe(owed.since.elapsed().as_secs_f64());
-                    self.put(y_websocket::update(&update));
-                }
-                Receipt::Saved(payload) => self.put(y_websocket::saved(&payload)),
+                Receipt::Echo(update) => self.tell(Told::Update(&update)),
+                Receipt::Saved(payload) => self.tell(Told::Saved(&payload)),
+                Receipt::Status => self.tell(Told::Status(Status::Saved)),
                 Receipt::Silent => {}
             }
         }
@@ -724,8 +844,15 @@ impl Socket {
     fn release_credit(&mut self) {
         for owed in self.owed.iter_mut().filter(|owed| owed.holds_credit) {
             owed.holds_credit = false;
-            self.credit.add_permits(1);
+            self.line.credit.add_permits(1);
         }
+    }
+}
+
+impl Drop for Socket {
+    /// A room that ends without a word leaves sockets behind, which a reconnect mends. A client that has left hears nothing.
+    fn drop(&mut self) {
+        self.kick(CLOSE_TRY_AGAIN, "try again");
     }
 }
 
@@ -739,11 +866,14 @@ async fn next(upstream: &mut Option<Upstream>) -> Option<ToEdge> {
 
 #[cfg(test)]
 mod tests {
+    use collab_core::wire::{hocuspocus, y_sweet, y_websocket};
+    use tokio::sync::Semaphore;
+
     use super::*;
 
     #[test]
     fn an_answer_to_an_owner_that_is_gone_is_not_taken_for_one_to_the_present_owner() {
-        let (mut socket, _queue) = socket();
+        let (mut socket, _queue) = socket(Family::YWebsocket, Access::Write);
         let answer = Bytes::from_static(&[1, 1, 1, 0, 0]);
         socket.asked = 1;
         // The owner goes before the answer is here, and the next one asks too.
@@ -759,16 +889,13 @@ mod tests {
 
     #[test]
     fn a_socket_gets_what_it_is_owed_once_and_in_order() {
-        let (mut socket, mut queue) = socket();
-        let seconds = prometheus::Histogram::with_opts(prometheus::HistogramOpts::new("s", "s"));
-        let seconds = seconds.unwrap();
-        let update = |byte| Bytes::copy_from_slice(&[1, byte]);
+        let (mut socket, mut queue) = socket(Family::YWebsocket, Access::Write);
         for byte in 1..=3 {
             socket.take_update(UpdateKind::Update, &update(byte), true);
         }
         socket.ask_receipt(Bytes::from_static(b"\x01\x03"));
         let mut sent = || std::iter::from_fn(|| queue.try_recv().ok()).collect::<Vec<_>>();
-        socket.receipted(2, &seconds);
+        socket.receipted(2, &seconds());
         assert_eq!(
             sent(),
             [
@@ -776,28 +903,149 @@ mod tests {
                 y_websocket::update(&update(2))
             ]
         );
-        socket.receipted(2, &seconds);
+        socket.receipted(2, &seconds());
         assert!(sent().is_empty());
-        socket.receipted(3, &seconds);
+        socket.receipted(3, &seconds());
         assert_eq!(
             sent(),
-            [
-                y_websocket::update(&update(3)),
-                y_websocket::saved(b"\x01\x03")
-            ]
+            [y_websocket::update(&update(3)), y_sweet::saved(b"\x01\x03")]
         );
     }
 
-    fn socket() -> (Socket, mpsc::Receiver<Bytes>) {
+    #[test]
+    fn a_deletion_in_an_answer_is_receipted_as_any_edit() {
+        let (mut socket, mut queue) = socket(Family::YWebsocket, Access::Write);
+        let deletes = Bytes::from_static(&[0, 1, 1, 1, 0, 1]);
+        socket.take_update(UpdateKind::Step2, &deletes, true);
+        socket.take_update(UpdateKind::Step2, &Bytes::from_static(&NO_EDITS), true);
+        socket.receipted(2, &seconds());
+        assert_eq!(queue.try_recv(), Ok(y_websocket::update(&deletes)));
+        assert!(queue.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_client_that_counts_gets_one_status_for_its_handshake_and_one_for_each_change() {
+        let (mut socket, mut queue) = hocuspocus(Access::Write);
+        let mut sent = || std::iter::from_fn(|| queue.try_recv().ok()).collect::<Vec<_>>();
+        let saved = hocuspocus::sync_status("notes", Status::Saved);
+        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.receipted(0, &seconds());
+        assert!(sent().is_empty(), "what it has is not here yet");
+        socket.take_update(UpdateKind::Step2, &update(1), true);
+        socket.take_update(UpdateKind::Update, &update(2), true);
+        socket.receipted(1, &seconds());
+        assert_eq!(sent(), vec![saved.clone()], "its handshake");
+        // Another owner asks what it has; that is no change of the client.
+        socket.take_update(UpdateKind::Step2, &update(3), true);
+        socket.receipted(3, &seconds());
+        assert_eq!(sent(), vec![saved.clone()], "its change");
+
+        // It begins anew, and forgets what it has counted.
+        socket.take_update(UpdateKind::Update, &update(4), true);
+        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.receipted(4, &seconds());
+        assert_eq!(sent(), vec![saved.clone()], "its handshake only");
+        socket.begin(Bytes::from_static(&[0]), 0);
+        assert_eq!(sent(), [saved], "all that it has sent is durable");
+    }
+
+    #[test]
+    fn changes_before_access_was_granted_are_counted_too() {
+        let (mut socket, mut queue) = hocuspocus(Access::Write);
+        socket.begin(Bytes::from_static(&[0]), 2);
+        socket.take_update(UpdateKind::Step2, &update(1), true);
+        socket.receipted(1, &seconds());
+        assert_eq!(std::iter::from_fn(|| queue.try_recv().ok()).count(), 3);
+    }
+
+    #[test]
+    fn a_readers_change_is_never_receipted_before_it_may_write() {
+        let (mut socket, mut queue) = hocuspocus(Access::Read);
+        let mut sent = || std::iter::from_fn(|| queue.try_recv().ok()).collect::<Vec<_>>();
+        let (saved, refused) = (
+            hocuspocus::sync_status("notes", Status::Saved),
+            hocuspocus::sync_status("notes", Status::Refused),
+        );
+        socket.begin(Bytes::from_static(&[0]), 0);
+        assert_eq!(
+            socket.take_update(UpdateKind::Step2, &Bytes::from_static(&NO_EDITS), true),
+            Some(1)
+        );
+        socket.receipted(1, &seconds());
+        assert_eq!(sent(), vec![saved.clone()]);
+        socket.refuse_update();
+        assert_eq!(sent(), [refused]);
+        socket.admit(Visitor {
+            author: String::new(),
+            access: Access::Write,
+        });
+        assert!(sent().is_empty());
+        // The owner asks, and this time the answer counts.
+        assert_eq!(
+            socket.take_update(UpdateKind::Step2, &update(1), true),
+            Some(3)
+        );
+        socket.receipted(3, &seconds());
+        assert_eq!(sent(), [saved]);
+    }
+
+    #[test]
+    fn a_client_that_closes_silent_sockets_hears_something_while_its_receipt_waits() {
+        let (mut socket, mut queue) = socket(Family::YSweet, Access::Write);
+        socket.take_update(UpdateKind::Step2, &update(1), true);
+        socket.ask_receipt(Bytes::from_static(&[0]));
+        assert_eq!(
+            queue.try_recv(),
+            Ok(Bytes::from_static(y_websocket::KEEPALIVE))
+        );
+        socket.receipted(1, &seconds());
+        assert_eq!(queue.try_recv(), Ok(y_sweet::saved(&[0])));
+        assert!(queue.try_recv().is_err(), "it takes no echo");
+    }
+
+    #[test]
+    fn a_room_that_ends_without_a_word_closes_its_sockets() {
+        let (ends, mut ended) = mpsc::unbounded_channel();
+        let (socket, _queue) = socket_on(ends, Family::YWebsocket, Access::Write);
+        drop(socket);
+        let (connection, close) = ended.try_recv().unwrap();
+        assert_eq!((connection, close.code), (CONNECTION, CLOSE_TRY_AGAIN));
+    }
+
+    const CONNECTION: ConnectionId = ConnectionId(7);
+
+    fn socket(family: Family, access: Access) -> (Socket, mpsc::Receiver<Bytes>) {
+        socket_on(mpsc::unbounded_channel().0, family, access)
+    }
+
+    fn hocuspocus(access: Access) -> (Socket, mpsc::Receiver<Bytes>) {
+        let address = "notes".into();
+        socket(Family::Hocuspocus { address }, access)
+    }
+
+    fn socket_on(
+        ends: mpsc::UnboundedSender<(ConnectionId, Close)>,
+        family: Family,
+        access: Access,
+    ) -> (Socket, mpsc::Receiver<Bytes>) {
         let (out, queue) = mpsc::channel(8);
         let visitor = Visitor {
             author: String::new(),
-            access: Access::Write,
+            access,
         };
-        let credit = Arc::new(Semaphore::new(8));
-        (
-            Socket::new(visitor, out, oneshot::channel().0, credit),
-            queue,
-        )
+        let line = Line {
+            out,
+            ends,
+            credit: Arc::new(Semaphore::new(8)),
+        };
+        (Socket::new(CONNECTION, visitor, family, line), queue)
+    }
+
+    fn update(byte: u8) -> Bytes {
+        Bytes::copy_from_slice(&[1, byte])
+    }
+
+    fn seconds() -> prometheus::Histogram {
+        prometheus::Histogram::with_opts(prometheus::HistogramOpts::new("s", "s")).unwrap()
     }
 }

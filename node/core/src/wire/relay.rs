@@ -86,6 +86,23 @@ pub enum ToOwner {
         /// The document.
         document: DocumentId,
     },
+    /// The step 2 of a client that may only read: a receipt says that the document has all that is
+    /// in it. Nothing of it is applied.
+    Compare {
+        /// The socket.
+        connection: ConnectionId,
+        /// As in [`ToOwner::Update`].
+        number: u64,
+        /// V1 update.
+        update: Bytes,
+    },
+    /// A message of the client's application to the others.
+    Stateless {
+        /// The socket.
+        connection: ConnectionId,
+        /// UTF-8.
+        payload: Bytes,
+    },
 }
 
 /// From the owner to the edge.
@@ -150,6 +167,13 @@ pub enum ToEdge {
         connection: ConnectionId,
         /// For the client and the log.
         reason: String,
+    },
+    /// A message of an application, for every other socket whose family knows such messages.
+    Stateless {
+        /// The sender, when it is a socket of this edge.
+        except: Option<ConnectionId>,
+        /// UTF-8.
+        payload: Bytes,
     },
     /// The document is not (any more) here; look at the map for an owner of at least this epoch.
     Moved {
@@ -217,9 +241,22 @@ impl ToOwner {
             | Self::Awareness {
                 connection,
                 payload: bytes,
+            }
+            | Self::Stateless {
+                connection,
+                payload: bytes,
             } => {
                 out.put_u64_le(connection.0);
                 out.put_slice(bytes);
+            }
+            Self::Compare {
+                connection,
+                number,
+                update,
+            } => {
+                out.put_u64_le(connection.0);
+                out.put_u64_le(*number);
+                out.put_slice(update);
             }
             Self::Update {
                 connection,
@@ -298,6 +335,22 @@ impl ToOwner {
             9 => Self::Preload {
                 document: DocumentId::new(text(&rest)?).map_err(|_| RelayError::BadText)?,
             },
+            10 => {
+                let connection = connection(&mut rest)?;
+                let number = number(&mut rest)?;
+                Self::Compare {
+                    connection,
+                    number,
+                    update: rest,
+                }
+            }
+            11 => {
+                let connection = connection(&mut rest)?;
+                Self::Stateless {
+                    connection,
+                    payload: rest,
+                }
+            }
             unknown => return Err(RelayError::UnknownKind(unknown)),
         };
         Ok((channel, message))
@@ -314,6 +367,8 @@ impl ToOwner {
             Self::Awareness { .. } => 7,
             Self::QueryAwareness { .. } => 8,
             Self::Preload { .. } => 9,
+            Self::Compare { .. } => 10,
+            Self::Stateless { .. } => 11,
         }
     }
 }
@@ -333,10 +388,17 @@ impl ToEdge {
             Self::CatchUp { update: bytes } | Self::Presence { payload: bytes } => {
                 out.put_slice(bytes);
             }
-            Self::FanOut { except, update } => {
+            Self::FanOut {
+                except,
+                update: bytes,
+            }
+            | Self::Stateless {
+                except,
+                payload: bytes,
+            } => {
                 out.put_u8(u8::from(except.is_some()));
                 out.put_u64_le(except.map_or(0, |connection| connection.0));
-                out.put_slice(update);
+                out.put_slice(bytes);
             }
             Self::PresenceTo {
                 connection,
@@ -390,14 +452,10 @@ impl ToEdge {
                 }
             }
             34 => Self::CatchUp { update: rest },
-            35 => {
-                let has_sender = byte(&mut rest)? == 1;
-                let sender = connection(&mut rest)?;
-                Self::FanOut {
-                    except: has_sender.then_some(sender),
-                    update: rest,
-                }
-            }
+            35 => Self::FanOut {
+                except: sender(&mut rest)?,
+                update: rest,
+            },
             36 => Self::Presence { payload: rest },
             37 => {
                 let connection = connection(&mut rest)?;
@@ -446,6 +504,10 @@ impl ToEdge {
                 }
             }
             44 => Self::Preloaded,
+            45 => Self::Stateless {
+                except: sender(&mut rest)?,
+                payload: rest,
+            },
             unknown => return Err(RelayError::UnknownKind(unknown)),
         };
         Ok((channel, message))
@@ -465,6 +527,7 @@ impl ToEdge {
             Self::Moved { .. } => 42,
             Self::Unavailable { .. } => 43,
             Self::Preloaded => 44,
+            Self::Stateless { .. } => 45,
         }
     }
 }
@@ -502,6 +565,13 @@ fn connection(rest: &mut Bytes) -> Result<ConnectionId, RelayError> {
     number(rest).map(ConnectionId)
 }
 
+/// The socket that has an update already, if it is one of the receiving edge.
+fn sender(rest: &mut Bytes) -> Result<Option<ConnectionId>, RelayError> {
+    let known = byte(rest)? == 1;
+    let sender = connection(rest)?;
+    Ok(known.then_some(sender))
+}
+
 fn sized(rest: &mut Bytes) -> Result<Bytes, RelayError> {
     let length = rest.try_get_u32_le().map_err(|_| RelayError::Truncated)? as usize;
     if rest.remaining() < length {
@@ -522,7 +592,7 @@ mod tests {
     const ALICE: ConnectionId = ConnectionId(1 << 40);
 
     #[test]
-    fn every_message_survives_the_way_and_no_prefix_of_it_panics() {
+    fn every_message_survives_the_way_to_the_owner_and_no_prefix_of_it_panics() {
         let bytes = Bytes::from_static(b"\x00\xff bytes");
         let to_owner = [
             ToOwner::Attach {
@@ -559,6 +629,15 @@ mod tests {
             ToOwner::Preload {
                 document: DocumentId::new("a/b").unwrap(),
             },
+            ToOwner::Compare {
+                connection: ALICE,
+                number: 5,
+                update: bytes.clone(),
+            },
+            ToOwner::Stateless {
+                connection: ALICE,
+                payload: bytes.clone(),
+            },
         ];
         for message in to_owner {
             let frame = message.encode(CHANNEL);
@@ -567,6 +646,11 @@ mod tests {
             }
             assert_eq!(ToOwner::decode(frame), Ok((CHANNEL, message)));
         }
+    }
+
+    #[test]
+    fn every_message_survives_the_way_to_the_edge_and_no_prefix_of_it_panics() {
+        let bytes = Bytes::from_static(b"\x00\xff bytes");
         let to_edge = [
             ToEdge::Attached {
                 epoch: Epoch(9),
@@ -582,6 +666,10 @@ mod tests {
             ToEdge::FanOut {
                 except: None,
                 update: bytes.clone(),
+            },
+            ToEdge::Stateless {
+                except: Some(ALICE),
+                payload: bytes.clone(),
             },
             ToEdge::Presence {
                 payload: bytes.clone(),

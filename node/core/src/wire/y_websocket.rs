@@ -1,4 +1,4 @@
-//! The frames of y-websocket 3 and 4, and the receipt that y-sweet clients add to them.
+//! The frames of y-websocket 3 and 4, with the receipt that y-sweet's client adds to them.
 //!
 //! A frame is one message or, from y-websocket 4, several. A message is an unsigned integer, its
 //! type, and then
@@ -9,7 +9,7 @@
 //! | 1 awareness | byte array, see [`super::awareness`] |
 //! | 2 auth | 0 + reason: permission denied; only ever sent by a server |
 //! | 3 query awareness | nothing |
-//! | 102 saved | byte array, returned unchanged when all that came before it is durable |
+//! | 102 saved | byte array, returned unchanged when all that came before it is durable: [`super::y_sweet`] |
 //!
 //! Updates are V1. What is inside them is the business of [`crate::scan`].
 
@@ -17,13 +17,13 @@ use bytes::Bytes;
 
 use super::awareness::{self, AwarenessError, Entries};
 use super::varint::{ReadError, Reader, write_var_bytes, write_var_uint};
+use super::y_sweet::SAVED;
 use crate::limits::SAVED_BYTES_MAX;
 
 const SYNC: u64 = 0;
 const AWARENESS: u64 = 1;
 const AUTH: u64 = 2;
 const QUERY_AWARENESS: u64 = 3;
-const SAVED: u64 = 102;
 
 const STEP_1: u64 = 0;
 const STEP_2: u64 = 1;
@@ -128,7 +128,7 @@ impl<'a> Iterator for Messages<'a> {
 }
 
 impl<'a> Message<'a> {
-    fn read(reader: &mut Reader<'a>) -> Result<Self, FrameError> {
+    pub(super) fn read(reader: &mut Reader<'a>) -> Result<Self, FrameError> {
         match reader.var_uint()? {
             SYNC => Self::read_sync(reader),
             AWARENESS => Ok(Self::Awareness(awareness::parse(reader.var_bytes()?)?)),
@@ -198,12 +198,7 @@ pub fn query_awareness() -> Bytes {
     Bytes::from_static(&[3])
 }
 
-/// Frame that returns the payload of a client's "saved" message.
-pub fn saved(payload: &[u8]) -> Bytes {
-    frame(&[SAVED], payload)
-}
-
-fn frame(kinds: &[u64], body: &[u8]) -> Bytes {
+pub(super) fn frame(kinds: &[u64], body: &[u8]) -> Bytes {
     let mut out = Vec::with_capacity(kinds.len() + body.len() + 8);
     for &kind in kinds {
         write_var_uint(&mut out, kind);
@@ -219,7 +214,27 @@ mod tests {
     use yrs::sync::{Message as TheirMessage, SyncMessage};
     use yrs::updates::encoder::Encode;
 
+    use super::super::recorded::{self, Said};
+    use super::super::y_sweet::saved;
     use super::*;
+
+    #[test]
+    fn clients_of_both_versions_are_understood() {
+        for family in ["y-websocket-3", "y-websocket-4"] {
+            for Said { what, frame } in recorded::said(family) {
+                let mut messages = parse(&frame);
+                let message = messages.next().unwrap().unwrap();
+                assert!(messages.next().is_none(), "{what}");
+                match (what.as_str(), message) {
+                    ("step1", Message::SyncStep1 { .. })
+                    | ("step2", Message::SyncStep2 { .. })
+                    | ("update", Message::Update { .. })
+                    | ("awareness", Message::Awareness(_)) => {}
+                    (what, said) => panic!("{family} {what} was read as {said:?}"),
+                }
+            }
+        }
+    }
 
     #[test]
     fn messages_are_read() {
