@@ -10,6 +10,7 @@
 )]
 
 mod cluster;
+mod families;
 mod moves;
 mod store_conformance;
 mod write_rule;

@@ -4,6 +4,9 @@
 //! process is gone. The judges of what the scripts saw are here, in Rust, away from the clients.
 
 pub mod browser;
+mod commands;
+pub mod families;
+pub mod pages;
 pub mod typist;
 
 use anyhow::{Context, Result, bail, ensure};

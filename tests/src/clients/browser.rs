@@ -1,25 +1,16 @@
 //! Windows of Debian's Chromium, each with its own storage, as if it were another person's.
 
-use super::Script;
-use anyhow::{Context, Result, anyhow};
+use super::commands::Commands;
+use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use tokio::io::AsyncWriteExt;
-use tokio::process::ChildStdin;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-
-type Waiting = HashMap<u64, oneshot::Sender<Answer>>;
+use std::sync::Arc;
 
 /// A running browser. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Browser {
     commands: Arc<Commands>,
-    answers: JoinHandle<Result<()>>,
 }
 
 impl Browser {
@@ -28,29 +19,9 @@ impl Browser {
     /// # Errors
     /// When Node, the scripts' packages or Chromium are not installed.
     pub async fn start() -> Result<Self> {
-        let mut script = Script::start("browser", &json!({}))?;
-        let stdin = script.stdin.take().context("the script takes commands")?;
-        script
-            .next::<Answer>()
-            .await?
-            .context("the browser did not start")?;
-        let waiting = Arc::new(Mutex::new(Waiting::new()));
-        let shared = Arc::clone(&waiting);
-        let answers = tokio::spawn(async move {
-            while let Some(answer) = script.next::<Answer>().await? {
-                let waiting = shared.lock().expect("no holder panics").remove(&answer.id);
-                waiting.map(|waiting| waiting.send(answer));
-            }
-            Ok(())
-        });
-        let commands = Commands {
-            stdin: tokio::sync::Mutex::new(stdin),
-            last: AtomicU64::new(0),
-            waiting,
-        };
+        let commands = Commands::start("browser", &json!({})).await?;
         Ok(Self {
             commands: Arc::new(commands),
-            answers,
         })
     }
 
@@ -77,12 +48,6 @@ impl Browser {
             )
             .await?;
         Ok(opened)
-    }
-}
-
-impl Drop for Browser {
-    fn drop(&mut self) {
-        self.answers.abort();
     }
 }
 
@@ -295,41 +260,4 @@ impl Window {
         let answer = self.commands.ask(details).await;
         answer.with_context(|| format!("{command} in the window of {}", self.name))
     }
-}
-
-#[derive(Debug)]
-struct Commands {
-    stdin: tokio::sync::Mutex<ChildStdin>,
-    last: AtomicU64,
-    waiting: Arc<Mutex<Waiting>>,
-}
-
-impl Commands {
-    async fn ask(&self, mut command: Value) -> Result<Value> {
-        let id = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        command["id"] = id.into();
-        let (sender, receiver) = oneshot::channel();
-        self.waiting
-            .lock()
-            .expect("no holder panics")
-            .insert(id, sender);
-        self.stdin
-            .lock()
-            .await
-            .write_all(format!("{command}\n").as_bytes())
-            .await?;
-        let answer = receiver.await.context("the browser has ended")?;
-        match answer.error {
-            None => Ok(answer.value),
-            Some(error) => Err(anyhow!(error)),
-        }
-    }
-}
-
-#[derive(Debug, Deserialize)]
-struct Answer {
-    id: u64,
-    #[serde(default)]
-    value: Value,
-    error: Option<String>,
 }
