@@ -3,6 +3,8 @@
 //! Needs `collab-node` built (or named by `COLLAB_NODE_BIN`), Debian's Chromium, Node, and the
 //! packages of `tests/clients`. Pictures of what the windows showed go to `target/pictures`.
 
+mod examples;
+
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use collab_tests::clients::browser::{Browser, Look, Opening, Place, Theme, Window};
 use collab_tests::clients::{Reading, read, reload};
