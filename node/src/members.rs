@@ -20,7 +20,7 @@ use collab_core::limits::{
     ADOPT_AFTER_STEADY, ADOPTION_STAGGER, EARLY_FENCE_AGE, EARLY_FENCE_EVERY, LEASE,
     LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
 };
-use collab_core::ring::{Ring, plan_placement, slot_of};
+use collab_core::ring::{Ring, RingNode, plan_placement, slot_of};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
@@ -158,14 +158,14 @@ impl Map {
     }
 
     fn ring(&self, candidates: &BTreeMap<NodeId, Uuid>) -> Ring {
-        let weight = |incarnation| {
-            self.members
-                .get(incarnation)
-                .map_or(100, |known| known.member.weight)
-        };
-        let members = candidates
-            .iter()
-            .map(|(node, incarnation)| (node.clone(), weight(incarnation)));
+        let members = candidates.values().filter_map(|incarnation| {
+            let member = &self.members.get(incarnation)?.member;
+            Some(RingNode {
+                name: member.node.clone(),
+                weight: member.weight,
+                zone: member.zone.clone(),
+            })
+        });
         Ring::new(
             members,
             u16::try_from(self.owners.len()).unwrap_or(u16::MAX),
@@ -211,7 +211,7 @@ impl Map {
                     .map(|known| known.member.node.clone())
             })
             .collect();
-        let planned = plan_placement(&ring, &current);
+        let planned = plan_placement(&ring, &[], &current, 100);
         let wanted = |slot: usize| {
             let by_operator = self
                 .placement
@@ -708,9 +708,11 @@ impl Members {
         self.publish(|map| {
             let same = |member: &Member| {
                 map.members.get(&member.incarnation).is_some_and(|known| {
-                    known.member.state == member.state
-                        && known.member.address == member.address
-                        && known.member.lease_left.is_zero() == member.lease_left.is_zero()
+                    let known = &known.member;
+                    known.state == member.state
+                        && known.address == member.address
+                        && known.zone == member.zone
+                        && known.lease_left.is_zero() == member.lease_left.is_zero()
                 })
             };
             let changed = placement.is_some()

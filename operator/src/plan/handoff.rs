@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use collab_core::control::{ClusterReport, MemberReport, MemberState};
 use collab_core::ids::NodeId;
-use collab_core::ring::{Ring, WEIGHT_NORMAL, plan_placement};
+use collab_core::ring::{Ring, RingNode, plan_placement};
 use sha2::{Digest as _, Sha256};
 
 use crate::build::short_hex;
@@ -84,7 +84,7 @@ pub fn placement(report: &ClusterReport, leaving: &BTreeSet<NodeId>) -> Option<P
     let staying = active_nodes(report)
         .into_iter()
         .filter(|node| !leaving.contains(node))
-        .map(|node| (node, WEIGHT_NORMAL));
+        .map(RingNode::normal);
     let ring = Ring::new(staying, report.slots);
     if ring.nodes().is_empty() {
         return None;
@@ -97,7 +97,7 @@ pub fn placement(report: &ClusterReport, leaving: &BTreeSet<NodeId>) -> Option<P
             member.live.then(|| member.node.clone())
         })
         .collect();
-    let slots = plan_placement(&ring, &current);
+    let slots = plan_placement(&ring, &[], &current, 100);
     let moving = slots
         .iter()
         .enumerate()
