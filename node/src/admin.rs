@@ -9,10 +9,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router, middleware};
 use collab_core::control::{
-    ClusterReport, DrainRequest, MemberReport, PlacementRequest, TermGranted, TermRefused,
-    TermRequest,
+    ClusterReport, DrainRequest, MemberReport, PinPlacement, PinReport, PinRequest,
+    PlacementRequest, TermGranted, TermRefused, TermRequest,
 };
-use collab_core::ids::Term;
+use collab_core::ids::{NodeId, Term};
+use collab_core::limits::PINS_MAX;
 
 use crate::api::{ApiError, owners};
 use crate::auth::bearer;
@@ -34,6 +35,7 @@ pub fn control(app: &Arc<App>) -> Router<Arc<App>> {
         .route("/control/v1/term", post(term))
         .route("/control/v1/placement", put(placement))
         .route("/control/v1/drain", post(drain))
+        .route("/control/v1/pin", post(pin))
         .route(owners::ASK_PATH, post(owners::answer))
         .route(websocket::STREAM_PATH, get(stream))
         .layer(middleware::from_fn_with_state(app.clone(), authorized))
@@ -114,9 +116,19 @@ async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiE
         index.and_then(|index| u16::try_from(index).ok())
     };
     let owners: Vec<Option<u16>> = map.slots().iter().map(|row| index(row.owner)).collect();
+    let pins: Vec<PinReport> = map
+        .pins()
+        .map(|(row, document)| PinReport {
+            document: document.clone(),
+            slot: row.slot,
+            owner: index(row.owner),
+        })
+        .collect();
     let owned = |index: usize| {
+        let of_pins = pins.iter().map(|pin| &pin.owner);
         let owned = owners
             .iter()
+            .chain(of_pins)
             .filter(|owner| owner.map(usize::from) == Some(index))
             .count();
         u16::try_from(owned).unwrap_or(u16::MAX)
@@ -143,6 +155,7 @@ async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiE
         members: reports.collect(),
         moving: map.misplaced(),
         owners,
+        pins,
         revision: u64::try_from(summary.revision).unwrap_or_default(),
         store: summary.store,
         redis: app.bus.is_up().await,
@@ -169,19 +182,33 @@ async fn placement(
             "the placement has {given} slots, this cluster has {slots}"
         )));
     }
-    let named: Option<Vec<_>> = request
-        .slots
-        .iter()
-        .map(|index| request.nodes.get(usize::from(*index)).cloned())
-        .collect();
-    let Some(named) = named else {
+    let Some(named) = by_slot(&request) else {
         return Err(ApiError::Bad(
-            "a slot names a node beyond the end of nodes".to_owned(),
+            "a slot names a node beyond the end of nodes, or a pin has the number of an ordinary slot".to_owned(),
         ));
     };
     Ok(unless_refused(
         app.store.set_placement(request.term, &named).await?,
     ))
+}
+
+/// The node of each slot, virtual slots after the others; those that are not spoken of have an empty name.
+fn by_slot(request: &PlacementRequest) -> Option<Vec<NodeId>> {
+    let node = |index: u16| request.nodes.get(usize::from(index)).cloned();
+    let mut named: Vec<NodeId> = request
+        .slots
+        .iter()
+        .map(|index| node(*index))
+        .collect::<Option<_>>()?;
+    for PinPlacement { slot, node: index } in &request.pins {
+        let number = usize::from(slot.0);
+        if number < request.slots.len() {
+            return None;
+        }
+        named.resize(named.len().max(number + 1), NodeId::default());
+        named[number] = node(*index)?;
+    }
+    Some(named)
 }
 
 async fn drain(
@@ -193,6 +220,29 @@ async fn drain(
             .set_drain(request.term, &request.node, request.drain)
             .await?,
     ))
+}
+
+async fn pin(
+    State(app): State<Arc<App>>,
+    Json(request): Json<PinRequest>,
+) -> Result<Response, ApiError> {
+    let PinRequest {
+        term,
+        document,
+        pin,
+    } = request;
+    let home = app.members.home_of(&document);
+    if !pin {
+        return Ok(unless_refused(
+            app.store.unpin(term, &document, home).await?,
+        ));
+    }
+    if PINS_MAX <= app.members.map().pins().count() {
+        return Err(ApiError::Bad(format!(
+            "{PINS_MAX} documents have a slot of their own already; unpin one"
+        )));
+    }
+    Ok(unless_refused(app.store.pin(term, &document, home).await?))
 }
 
 fn unless_refused(done: Result<(), Term>) -> Response {

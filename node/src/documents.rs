@@ -25,7 +25,7 @@ use crate::log::{Log, LogEvent};
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::store::{
-    Append, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store,
+    Append, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store, StoreError,
     StoredSnapshot,
 };
 use crate::tasks::Tasks;
@@ -266,13 +266,28 @@ impl Documents {
         let Some(ownership) = self.members.ownership(slot) else {
             return Err(AskError::Moved(document.clone()));
         };
+        let unavailable = |error: StoreError| AskError::Unavailable {
+            document: document.clone(),
+            reason: error.to_string(),
+        };
+        if !self.is_in(document, slot).await.map_err(unavailable)? {
+            return Err(AskError::Moved(document.clone()));
+        }
         self.store
             .create(document, ownership, Recreate::Allowed)
             .await
-            .map_err(|error| AskError::Unavailable {
-                document: document.clone(),
-                reason: error.to_string(),
-            })
+            .map_err(unavailable)
+    }
+
+    /// Whether the store has the document in this slot. Asked after the right to the slot was seen, the answer holds for as
+    /// long as that right does: a pin raises the epoch of the slot it takes a document from.
+    async fn is_in(&self, document: &DocumentId, slot: Slot) -> Result<bool, StoreError> {
+        let pinned = self.store.pinned(document).await?;
+        let is_there = pinned.unwrap_or_else(|| self.members.home_of(document)) == slot;
+        if !is_there {
+            self.members.look_now();
+        }
+        Ok(is_there)
     }
 
     /// Number of open documents.
@@ -456,15 +471,23 @@ impl Host {
         let documents = self.documents.clone();
         loop {
             let ownership = self.wait_for_ownership().await?;
-            let preloaded = documents
-                .preloads
-                .finish(
-                    &documents.tasks,
-                    documents.store.as_ref(),
-                    ownership,
-                    &self.document,
-                )
-                .await;
+            let preloaded = documents.preloads.finish(
+                &documents.tasks,
+                documents.store.as_ref(),
+                ownership,
+                &self.document,
+            );
+            // Both after the right was seen, and at the same time: a document on the move has none to lose.
+            let is_here = documents.is_in(&self.document, ownership.slot);
+            let (is_here, preloaded) = futures::join!(is_here, preloaded);
+            match is_here {
+                Ok(true) => {}
+                Ok(false) => return Err(End::Moved(ownership.epoch)),
+                Err(error) => {
+                    self.store_failed(&error).await;
+                    continue;
+                }
+            }
             if let Some((document, room_epoch)) = preloaded {
                 return Ok(self.owned(document, ownership, room_epoch, "preload"));
             }
@@ -565,7 +588,7 @@ impl Host {
             .map_err(|_| End::Moved(members.map().epoch(self.slot)))
     }
 
-    async fn store_failed(&self, error: &crate::store::StoreError) {
+    async fn store_failed(&self, error: &StoreError) {
         tracing::warn!(document.id = %self.document, %error, "cannot open the document yet");
         sleep(LOAD_RETRY).await;
     }

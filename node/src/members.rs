@@ -9,7 +9,7 @@
 //! An *incarnation* is one run of this node as a member. Usually that is the process; but a process that
 //! was fenced while it lived begins a new one, without slots, and keeps its sockets.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -43,9 +43,31 @@ const RENEW_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// Who owns what, as last read.
 #[derive(Clone, Debug, Default)]
 pub struct Map {
+    /// Slots that documents hash to; virtual ones, each for one document, come after.
+    slots: u16,
     owners: Vec<SlotRow>,
+    pins: Pins,
     members: BTreeMap<Uuid, Known>,
     placement: Placement,
+}
+
+/// The documents that have a slot of their own.
+#[derive(Clone, Debug, Default)]
+struct Pins {
+    documents: BTreeMap<Slot, DocumentId>,
+    slots: HashMap<DocumentId, Slot>,
+}
+
+impl Pins {
+    fn set(&mut self, slot: Slot, document: Option<DocumentId>) {
+        if let Some(before) = self.documents.remove(&slot) {
+            self.slots.remove(&before);
+        }
+        if let Some(document) = document {
+            self.slots.insert(document.clone(), slot);
+            self.documents.insert(slot, document);
+        }
+    }
 }
 
 /// A member as this node knows it.
@@ -102,9 +124,26 @@ impl Map {
             .map_or(Epoch(0), |row| row.epoch)
     }
 
-    /// Every slot, in order.
+    /// Every slot that documents hash to, in order.
     pub fn slots(&self) -> &[SlotRow] {
-        &self.owners
+        &self.owners[..self.owners.len().min(usize::from(self.slots))]
+    }
+
+    /// Every document that has a slot of its own, in order of slot.
+    pub fn pins(&self) -> impl Iterator<Item = (&SlotRow, &DocumentId)> {
+        let pins = self.pins.documents.iter();
+        pins.filter_map(|(slot, document)| Some((self.owners.get(usize::from(slot.0))?, document)))
+    }
+
+    /// The slot of a document.
+    pub fn slot_of(&self, document: &DocumentId) -> Slot {
+        let pinned = self.pins.slots.get(document).copied();
+        pinned.unwrap_or_else(|| slot_of(document, self.slots))
+    }
+
+    /// A virtual slot that is for no document is nobody's business.
+    fn is_used(&self, slot: Slot) -> bool {
+        slot.0 < self.slots || self.pins.documents.contains_key(&slot)
     }
 
     /// Slots whose owner is not the one that the planner wants.
@@ -116,7 +155,9 @@ impl Map {
         };
         let pairs = self.owners.iter().zip(&self.placement.slots);
         let misplaced = pairs
-            .filter(|(row, wanted)| node(row) != Some(wanted))
+            .filter(|(row, wanted)| {
+                self.is_used(row.slot) && !wanted.0.is_empty() && node(row) != Some(wanted)
+            })
             .count();
         u16::try_from(misplaced).unwrap_or(u16::MAX)
     }
@@ -166,15 +207,13 @@ impl Map {
                 zone: member.zone.clone(),
             })
         });
-        Ring::new(
-            members,
-            u16::try_from(self.owners.len()).unwrap_or(u16::MAX),
-        )
+        Ring::new(members, self.slots)
     }
 
     /// Slots without a living owner, and since when.
     fn orphans(&self, now: Instant) -> Vec<(Slot, Option<Instant>)> {
-        let orphaned = self.owners.iter().filter_map(|row| {
+        let used = self.owners.iter().filter(|row| self.is_used(row.slot));
+        let orphaned = used.filter_map(|row| {
             let Some(owner) = row.owner else {
                 return Some((row.slot, None));
             };
@@ -203,7 +242,7 @@ impl Map {
         }
         let ring = self.ring(&candidates);
         let current: Vec<Option<NodeId>> = self
-            .owners
+            .slots()
             .iter()
             .map(|row| {
                 self.members
@@ -212,22 +251,23 @@ impl Map {
             })
             .collect();
         let planned = plan_placement(&ring, &[], &current, 100);
-        let wanted = |slot: usize| {
-            let by_operator = self
-                .placement
-                .slots
-                .get(slot)
-                .and_then(|node| candidates.get(node));
+        let wanted = |slot: Slot| {
+            let number = usize::from(slot.0);
+            let by_operator = self.placement.slots.get(number);
+            let by_operator = by_operator.and_then(|node| candidates.get(node));
             by_operator.or_else(|| {
-                let node = planned
-                    .get(slot)
-                    .and_then(|index| ring.nodes().get(usize::from(*index)));
+                let node = match planned.get(number) {
+                    Some(index) => ring.nodes().get(usize::from(*index)),
+                    // A virtual slot stays while its owner does.
+                    None if candidates.values().any(|candidate| *candidate == me) => return None,
+                    None => ring.preference(slot).next(),
+                };
                 node.and_then(|node| candidates.get(node))
             })
         };
         let mine = self.owners.iter().filter(|row| row.owner == Some(me));
         let moves = mine.filter_map(|row| {
-            let target = *wanted(usize::from(row.slot.0))?;
+            let target = *wanted(row.slot)?;
             let ownership = Ownership {
                 slot: row.slot,
                 epoch: row.epoch,
@@ -294,7 +334,10 @@ impl Members {
             incarnation: Mutex::new(registration.incarnation),
             registration,
             slots,
-            map: Watched::default(),
+            map: Watched::new(Arc::new(Map {
+                slots,
+                ..Map::default()
+            })),
             lease: Mutex::default(),
             load: Mutex::default(),
             look_now: Notify::new(),
@@ -323,8 +366,13 @@ impl Members {
         self.slots
     }
 
-    /// The slot of a document.
+    /// The slot of a document by the map: the one of its own if it is pinned, else the one its id hashes to.
     pub fn slot_of(&self, document: &DocumentId) -> Slot {
+        self.map.get().slot_of(document)
+    }
+
+    /// The slot that a document's id hashes to.
+    pub fn home_of(&self, document: &DocumentId) -> Slot {
         slot_of(document, self.slots)
     }
 
@@ -550,6 +598,10 @@ impl Members {
                     horizon = change.horizon;
                     self.publish(|map| {
                         let mut changed = false;
+                        // After a fail-over of the database everything is told anew, and what is not is lost.
+                        if usize::from(self.slots) <= change.slots.len() {
+                            map.pins = Pins::default();
+                        }
                         for row in change.slots {
                             let index = usize::from(row.slot.0);
                             if map.owners.len() <= index {
@@ -566,6 +618,10 @@ impl Members {
                                 map.owners[index] = row;
                                 changed = true;
                             }
+                        }
+                        for (slot, document) in change.pins {
+                            map.pins.set(slot, document);
+                            changed = true;
                         }
                         changed
                     });
@@ -762,6 +818,8 @@ fn following(incarnation: Uuid) -> Uuid {
 
 #[cfg(test)]
 mod tests {
+    use collab_core::limits::SLOTS_MIN;
+
     use super::*;
 
     const ME: Uuid = Uuid::from_u128(1);
@@ -802,13 +860,83 @@ mod tests {
             members: [alive, dead]
                 .map(|member| (member.incarnation, Known::learned(member, now, None)))
                 .into(),
-            placement: Placement::default(),
+            slots: SLOTS_MIN,
+            ..Map::default()
         };
         let orphans = [(Slot(1), Some(now)), (Slot(2), None), (Slot(3), None)];
         assert_eq!(map.orphans(now), orphans);
         assert_eq!(map.candidates(now).into_values().collect::<Vec<_>>(), [ME]);
         assert_eq!(map.peers(ME, now).count(), 0);
         assert_eq!(map.peers(OTHER, now).collect::<Vec<_>>(), [(ME, "host:1")]);
+    }
+
+    #[test]
+    fn a_pinned_document_is_in_its_own_slot_and_its_neighbours_are_not() {
+        let mut map = map();
+        let [hot, other] = ["hot", "other"].map(|name| DocumentId::new(name).expect("valid"));
+        let home = map.slot_of(&hot);
+        map.pins.set(OWN, Some(hot.clone()));
+        assert_eq!(map.slot_of(&hot), OWN);
+        assert_eq!(map.slot_of(&other), slot_of(&other, SLOTS_MIN));
+        map.pins.set(OWN, Some(other.clone()));
+        assert_eq!((map.slot_of(&hot), map.slot_of(&other)), (home, OWN));
+        map.pins.set(OWN, None);
+        assert_eq!(map.pins().count(), 0);
+    }
+
+    #[test]
+    fn the_slot_of_a_pin_stays_with_its_owner_and_leaves_with_it() {
+        let mut map = map();
+        map.pins
+            .set(OWN, Some(DocumentId::new("hot").expect("valid")));
+        let now = Instant::now();
+        let own_slots = |map: &Map, me| {
+            let moves = map.handoffs(me, now).into_iter();
+            let pinned = moves.filter(|(ownership, _)| ownership.slot == OWN);
+            pinned.map(|(_, target)| target).collect::<Vec<_>>()
+        };
+        assert!(own_slots(&map, ME).is_empty());
+        let number = usize::from(OWN.0);
+        map.placement.slots = vec![NodeId::default(); number];
+        map.placement.slots.push(NodeId(OTHER.to_string()));
+        assert_eq!(own_slots(&map, ME), [OTHER], "as the operator wants it");
+        map.placement.slots.clear();
+        map.members.get_mut(&ME).expect("registered").member.state = MemberState::Draining;
+        assert_eq!(own_slots(&map, ME), [OTHER], "a drain takes it along");
+    }
+
+    #[test]
+    fn a_virtual_slot_without_a_document_is_nobodys() {
+        let mut map = map();
+        let now = Instant::now();
+        map.owners[usize::from(OWN.0)].owner = None;
+        assert_eq!(map.orphans(now), []);
+        assert_eq!(map.slots().len(), usize::from(SLOTS_MIN));
+        map.pins
+            .set(OWN, Some(DocumentId::new("hot").expect("valid")));
+        assert_eq!(map.orphans(now), [(OWN, None)]);
+    }
+
+    /// The first virtual slot.
+    const OWN: Slot = Slot(SLOTS_MIN);
+
+    /// Two live members; everything is with the first.
+    fn map() -> Map {
+        let now = Instant::now();
+        Map {
+            slots: SLOTS_MIN,
+            owners: (0..=SLOTS_MIN)
+                .map(|number| SlotRow {
+                    slot: Slot(number),
+                    owner: Some(ME),
+                    epoch: Epoch(1),
+                })
+                .collect(),
+            members: [member(ME, LEASE), member(OTHER, LEASE)]
+                .map(|member| (member.incarnation, Known::learned(member, now, None)))
+                .into(),
+            ..Map::default()
+        }
     }
 
     fn member(incarnation: Uuid, lease_left: Duration) -> Member {

@@ -249,6 +249,8 @@ pub struct MapChange {
     pub horizon: i64,
     /// The rows, in order of slot. The first call (horizon 0) has them all.
     pub slots: Vec<SlotRow>,
+    /// The document that each virtual slot among them is for; `None` for one that is free.
+    pub pins: Vec<(Slot, Option<DocumentId>)>,
 }
 
 /// Which slots a claim may take.
@@ -263,7 +265,8 @@ pub enum Claim {
 pub struct Placement {
     /// As in [`Renewed::placement_version`].
     pub version: i64,
-    /// Node per slot, empty when no operator ever planned.
+    /// Node per slot, empty when no operator ever planned. Virtual slots follow the others; of those that were free the
+    /// name is empty.
     pub slots: Vec<NodeId>,
 }
 
@@ -452,6 +455,30 @@ pub trait Store: Send + Sync + 'static {
         from: &[Ownership],
         to: Uuid,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError>;
+
+    /// The slot that a document has for itself, if it is pinned. An owner asks after its slot was claimed, before it serves
+    /// the document or creates it: whatever changes later raises the epoch that was claimed.
+    async fn pinned(&self, document: &DocumentId) -> Result<Option<Slot>, StoreError>;
+
+    /// Gives a document a virtual slot of its own, owned by the owner of `home`, the slot that its id hashes to. Nothing
+    /// changes when it has one. `Err(current)` inside when the term is too old.
+    ///
+    /// One transaction locks both slots in ascending order and raises the epochs of *both*: the fence knows slots
+    /// and not which slot a document is in.
+    async fn pin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError>;
+
+    /// Takes [`Store::pin`] back, in the same way; the virtual slot is free and has no owner.
+    async fn unpin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError>;
 
     /// What the planner wants now.
     async fn placement(&self) -> Result<Placement, StoreError>;

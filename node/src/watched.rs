@@ -33,6 +33,18 @@ pub struct Watcher<T> {
 }
 
 impl<T: Clone> Watched<T> {
+    /// Begins with this value.
+    pub fn new(value: T) -> Self {
+        let state = State { version: 0, value };
+        let shared = Shared {
+            state: Mutex::new(state),
+            changed: Notify::new(),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
     /// The value now.
     pub fn get(&self) -> T {
         self.shared.state().value.clone()

@@ -131,6 +131,7 @@ async fn perform(
                 term: applied.memory.term.ok_or(Failure::NoTerm)?,
                 nodes: placement.nodes.clone(),
                 slots: placement.slots.clone(),
+                pins: Vec::new(),
             };
             ctx.control.place(node, &request).await?;
             info!(cluster = %cluster.name_any(), %placement, "asked for a placement");

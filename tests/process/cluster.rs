@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use collab_core::control::ClusterReport;
 use collab_core::ids::{DocumentId, NodeId};
 use collab_core::limits::EARLY_FENCE_EVERY;
@@ -13,6 +13,8 @@ use collab_tests::clients::{Reading, Replay, now_ms};
 use collab_tests::nodes::Nodes;
 use collab_tests::postgres::Postgres;
 use collab_tests::redis::Redis;
+use reqwest::Method;
+use serde_json::json;
 use sqlx::{Connection, PgConnection};
 use tokio::time::sleep;
 
@@ -332,6 +334,73 @@ async fn recorded_sessions_end_alike_everywhere() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pinned_document_moves_alone_and_under_open_sockets() -> Result<()> {
+    let postgres = Postgres::shared().await;
+    let nodes = Nodes::start(3, &postgres.database().await, "none").await?;
+    let names = documents(8);
+    let urls = nodes.urls();
+    let typing = Typing {
+        writers: 3,
+        ..Typing::new(urls.clone(), names.clone(), 4)
+    };
+    let typists = typing.start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+    let begun = now_ms();
+    let holder = json!({ "holder": "a test" });
+    let term = nodes.control(Method::POST, "term", &holder).await?["term"].clone();
+    for round in 0..6 {
+        // Also to and fro, also while it is moved: whatever the order, nothing is lost.
+        let hot = &names[round % 2];
+        let pin = |pin: bool| json!({ "term": term, "document": hot, "pin": pin });
+        nodes.control(Method::POST, "pin", &pin(true)).await?;
+        let pinned = |report: &ClusterReport| {
+            let pin = report.pins.iter().find(|pin| pin.document.as_str() == hot);
+            pin.and_then(|pin| Some((pin.slot.0, pin.owner?)))
+        };
+        let report = nodes
+            .until("the pin is known", |report| pinned(report).is_some())
+            .await?;
+        let (slot, owner) = pinned(&report).context("it is pinned")?;
+        ensure!(report.slots <= slot, "slot {slot} is not virtual");
+        let next = (owner + 1) % 3;
+        let placement = json!({
+            "term": term,
+            "nodes": report.members.iter().map(|member| &member.node).collect::<Vec<_>>(),
+            "slots": report.owners,
+            "pins": [{ "slot": slot, "node": next }],
+        });
+        nodes.control(Method::PUT, "placement", &placement).await?;
+        let there = |report: &ClusterReport| pinned(report) == Some((slot, next));
+        let moved = nodes.until("the pin has moved", there).await?;
+        ensure!(moved.owners == report.owners, "neighbours moved with it");
+        sleep(Duration::from_millis(300)).await;
+        nodes.control(Method::POST, "pin", &pin(false)).await?;
+        nodes
+            .until("the pin is gone", |report| pinned(report).is_none())
+            .await?;
+        sleep(Duration::from_millis(300)).await;
+    }
+    let ended = now_ms();
+    let ledger = typists.stop().await?;
+    let silence = ledger.silences(begun, ended);
+    let closes: usize = ledger
+        .writers
+        .values()
+        .map(|writer| writer.closes.len())
+        .sum();
+    println!(
+        "pinned, moved and unpinned 6 times: {} acked edits, {closes} closes, longest silence {:?}",
+        ledger.acked(),
+        silence[0].longest,
+    );
+    ensure!(closes == 0, "sockets were closed {closes} times");
+    ensure!(silence[0].longest < LIVENESS, "{:?}", silence[0]);
+    everything_acknowledged_is_there(&nodes, &ledger, &names).await
 }
 
 fn owner_of(report: &ClusterReport, document: &str) -> Option<NodeId> {

@@ -37,6 +37,7 @@ mod damage;
 mod documents;
 mod members;
 mod outages;
+mod pins;
 
 const SLOTS: u16 = 256;
 const LEASE: Duration = Duration::from_mins(1);

@@ -1,12 +1,13 @@
-//! The write rule raced against claims on real Postgres, and shown to be needed: the same statement
-//! without its lock, or with a weaker one, loses updates in the same race.
+//! The write rule raced against claims and pins on real Postgres, and shown to be needed: the same statement
+//! without its lock, or with a weaker one, loses updates in the same race; so does a pin that leaves the epoch
+//! of the slot as it is that it takes a document from.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use collab_core::ids::{DocumentId, Seq, Slot};
-use collab_node::store::postgres::{APPEND, Postgres};
+use collab_core::ids::{DocumentId, Seq, Slot, Term};
+use collab_node::store::postgres::{APPEND, LOCK_SLOTS, MOVE_DOCUMENT, Postgres};
 use collab_node::store::{Claim, Loaded, Registration, Store};
 use collab_tests::postgres::Postgres as Server;
 use sqlx::{AssertSqlSafe, PgPool, Row};
@@ -23,7 +24,7 @@ const ROWS: usize = 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_update_appears_behind_the_back_of_a_new_owner() {
-    let outcome = race(APPEND.to_owned()).await;
+    let outcome = race(APPEND, &Taking::Claim).await;
     println!("the write rule: {outcome:?}");
     assert_eq!(outcome.violations, 0, "{outcome:?}");
     assert!(
@@ -34,16 +35,64 @@ async fn no_update_appears_behind_the_back_of_a_new_owner() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_race_catches_a_statement_that_looks_without_a_lock() {
-    let outcome = race(mutant("for share of s", "")).await;
+    let outcome = race(&mutant(APPEND, "for share of s", ""), &Taking::Claim).await;
     println!("without the lock: {outcome:?}");
     assert!(outcome.violations > 0, "{outcome:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_race_catches_a_lock_that_a_claim_does_not_wait_for() {
-    let outcome = race(mutant("for share of s", "for key share of s")).await;
+    let outcome = race(
+        &mutant(APPEND, "for share of s", "for key share of s"),
+        &Taking::Claim,
+    )
+    .await;
     println!("with `for key share`: {outcome:?}");
     assert!(outcome.violations > 0, "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_update_appears_in_a_document_that_was_pinned_or_unpinned() {
+    for taking in [Taking::Pin(None), Taking::Unpin(None)] {
+        let outcome = race(APPEND, &taking).await;
+        println!("{taking:?}: {outcome:?}");
+        assert_eq!(outcome.violations, 0, "{outcome:?}");
+        assert!(
+            outcome.appended > 10 * usize::from(RACES),
+            "the owner was not busy: {outcome:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_race_catches_a_pin_that_does_not_raise_the_epoch() {
+    let raises = |which| {
+        let raised = format!("s.epoch + (s.slot = {which})::int");
+        mutant(MOVE_DOCUMENT, "s.epoch + 1", &raised)
+    };
+    // Without an owner the slot of an unpinned document fences, too.
+    let owner = "owner = case when s.slot = $1 then s.owner when $3 is not null then (select owner from slot where slot = $1) end";
+    let keeps_owner = |statement: String| mutant(&statement, owner, "owner = s.owner");
+    for taking in [
+        Taking::Pin(Some(raises("$2"))),
+        Taking::Unpin(Some(keeps_owner(raises("$1")))),
+    ] {
+        let outcome = race(APPEND, &taking).await;
+        println!("{taking:?}: {outcome:?}");
+        assert!(outcome.violations > 0, "{outcome:?}");
+    }
+}
+
+/// How a document is taken from the owner that is busy with it. The pins are those of the store, or with another
+/// statement in place of [`MOVE_DOCUMENT`].
+#[derive(Debug)]
+enum Taking {
+    /// Its slot is claimed.
+    Claim,
+    /// It gets a slot of its own.
+    Pin(Option<String>),
+    /// It had one.
+    Unpin(Option<String>),
 }
 
 /// What a run of [`RACES`] takeovers came to.
@@ -53,18 +102,18 @@ struct Outcome {
     violations: usize,
     /// Rows that the old owners appended.
     appended: usize,
-    /// The longest time a claim took.
+    /// The longest time a takeover took.
     slowest_claim: Duration,
 }
 
-fn mutant(from: &str, to: &str) -> String {
-    let mutant = APPEND.replace(from, to);
-    assert_ne!(mutant, APPEND, "the statement no longer says {from}");
+fn mutant(statement: &str, from: &str, to: &str) -> String {
+    let mutant = statement.replace(from, to);
+    assert_ne!(mutant, statement, "the statement no longer says {from}");
     mutant
 }
 
-/// Lets a new owner take slot after slot from a busy old one, and load as the load rule says.
-async fn race(statement: String) -> Outcome {
+/// Has document after document taken from a busy old owner, and loaded as the load rule says.
+async fn race(statement: &str, taking: &Taking) -> Outcome {
     let server = Server::shared().await;
     let url = server.database().await;
     let store = Postgres::connect(&url).await.unwrap();
@@ -90,11 +139,29 @@ async fn race(statement: String) -> Outcome {
         .unwrap();
 
     let mut outcome = Outcome::default();
-    let statement = Arc::new(statement);
+    let statement = Arc::new(statement.to_owned());
     for slot in 0..RACES {
         let over = Arc::new(AtomicBool::new(false));
         let started = Arc::new(Barrier::new(APPENDERS + 1));
         let mut appenders = Vec::new();
+        let pinned = DocumentId::new(&format!("doc-{slot}-0")).unwrap();
+        let (busy, epoch) = match taking {
+            Taking::Claim | Taking::Pin(_) => (slot, 1),
+            Taking::Unpin(_) => {
+                store
+                    .pin(Term(1), &pinned, Slot(slot))
+                    .await
+                    .unwrap()
+                    .unwrap();
+                let own = store.pinned(&pinned).await.unwrap().unwrap();
+                let epoch = sqlx::query_scalar("select epoch from slot where slot = $1")
+                    .bind(i32::from(own.0))
+                    .fetch_one(&pool)
+                    .await
+                    .unwrap();
+                (own.0, epoch)
+            }
+        };
         for number in 0..APPENDERS {
             let document = format!("doc-{slot}-{number}");
             sqlx::query("insert into document (id, slot) values ($1, $2)")
@@ -110,19 +177,43 @@ async fn race(statement: String) -> Outcome {
                 started.clone(),
             );
             appenders.push(tokio::spawn(async move {
-                append_until_fenced(&pool, &statement, slot, old, &document, &over, &started).await;
+                let right = (busy, epoch, old);
+                append_until_fenced(&pool, &statement, right, &document, &over, &started).await;
             }));
         }
         started.wait().await;
         tokio::time::sleep(Duration::from_millis(u64::from(slot % 7))).await;
 
         let began = Instant::now();
-        let taken = store
-            .claim(new.incarnation, &[Slot(slot)], Claim::Orphaned)
-            .await
-            .unwrap();
+        match taking {
+            Taking::Claim => {
+                let slots = [Slot(slot)];
+                let claim = store.claim(new.incarnation, &slots, Claim::Orphaned);
+                assert_eq!(claim.await.unwrap().len(), 1);
+            }
+            Taking::Pin(None) => store
+                .pin(Term(1), &pinned, Slot(slot))
+                .await
+                .unwrap()
+                .unwrap(),
+            Taking::Unpin(None) => store
+                .unpin(Term(1), &pinned, Slot(slot))
+                .await
+                .unwrap()
+                .unwrap(),
+            Taking::Pin(Some(statement)) => {
+                sqlx::query("insert into slot (slot) values ($1)")
+                    .bind(i32::from(256 + slot))
+                    .execute(&pool)
+                    .await
+                    .unwrap();
+                move_document(&pool, statement, slot, 256 + slot, Some(&pinned)).await;
+            }
+            Taking::Unpin(Some(statement)) => {
+                move_document(&pool, statement, slot, busy, None).await;
+            }
+        }
         outcome.slowest_claim = outcome.slowest_claim.max(began.elapsed());
-        assert_eq!(taken.len(), 1);
         let mut loaded = Vec::new();
         for number in 0..APPENDERS {
             let document = DocumentId::new(&format!("doc-{slot}-{number}")).unwrap();
@@ -151,12 +242,36 @@ async fn race(statement: String) -> Outcome {
     outcome
 }
 
+/// As a pin of the store, but with this statement.
+async fn move_document(
+    pool: &PgPool,
+    statement: &str,
+    home: u16,
+    own: u16,
+    document: Option<&DocumentId>,
+) {
+    let (home, own) = (i32::from(home), i32::from(own));
+    let mut change = pool.begin().await.unwrap();
+    sqlx::query(LOCK_SLOTS)
+        .bind([home, own])
+        .execute(&mut *change)
+        .await
+        .unwrap();
+    sqlx::query(AssertSqlSafe(statement))
+        .bind(home)
+        .bind(own)
+        .bind(document.map(DocumentId::as_str))
+        .execute(&mut *change)
+        .await
+        .unwrap();
+    change.commit().await.unwrap();
+}
+
 /// Appends to one document under the old epoch, batch after batch, until the answer is "not held".
 async fn append_until_fenced(
     pool: &PgPool,
     statement: &str,
-    slot: u16,
-    owner: Uuid,
+    (slot, epoch, owner): (u16, i64, Uuid),
     document: &str,
     over: &AtomicBool,
     started: &Barrier,
@@ -169,7 +284,7 @@ async fn append_until_fenced(
         let seqs: Vec<i64> = (next..).take(ROWS).collect();
         let row = sqlx::query(AssertSqlSafe(statement))
             .bind(vec![i32::from(slot)])
-            .bind(vec![1_i64])
+            .bind(vec![epoch])
             .bind(vec![owner])
             .bind(vec![1_i64; ROWS])
             .bind(vec![document; ROWS])

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use collab_core::control::{ClusterReport, DrainRequest, TermGranted};
 use collab_core::ids::NodeId;
+use reqwest::Method;
+use serde_json::{Value, json};
 
 use crate::network::Host;
 use crate::process::{Folder, command_on, free_port, signal, spawn};
@@ -319,23 +321,39 @@ impl Nodes {
     /// # Errors
     /// When no node takes the request.
     pub async fn drain(&self, number: usize, drain: bool) -> Result<()> {
-        let running = self.nodes.iter().find(|node| node.child.is_some());
-        let url = running.context("no node runs")?.internal_url();
-        let client = reqwest::Client::new();
-        let call = async |path: &str, body: serde_json::Value| {
-            let call = client.post(format!("{url}/control/v1/{path}"));
-            let call = call.bearer_auth(CONTROL_TOKEN).json(&body);
-            call.send().await?.error_for_status()
-        };
-        let granted = call("term", serde_json::json!({ "holder": "a test" })).await?;
-        let TermGranted { term } = granted.json().await?;
+        let holder = json!({ "holder": "a test" });
+        let granted = self.control(Method::POST, "term", &holder).await?;
+        let TermGranted { term } = serde_json::from_value(granted)?;
         let request = DrainRequest {
             term,
             node: NodeId(self.nodes[number].name.clone()),
             drain,
         };
-        call("drain", serde_json::to_value(request)?).await?;
+        let request = serde_json::to_value(request)?;
+        self.control(Method::POST, "drain", &request).await?;
         Ok(())
+    }
+
+    /// Calls the control API of the first running node; answers its JSON, or `null`.
+    ///
+    /// # Errors
+    /// When it does not answer, or refuses.
+    pub async fn control(&self, method: Method, what: &str, body: &Value) -> Result<Value> {
+        let node = self.nodes.iter().find(|node| node.child.is_some());
+        let node = node.context("no node runs")?;
+        node.control(method, what, body).await
+    }
+
+    /// Reads from the control API of every running node.
+    ///
+    /// # Errors
+    /// When one does not answer, or refuses.
+    pub async fn control_all(&self, what: &str) -> Result<Vec<Value>> {
+        let mut answers = Vec::new();
+        for node in self.nodes.iter().filter(|node| node.child.is_some()) {
+            answers.push(node.control(Method::GET, what, &Value::Null).await?);
+        }
+        Ok(answers)
     }
 
     /// One metric of a node, summed over its labels.
@@ -382,6 +400,16 @@ impl Node {
     /// `http://…` address for clients.
     pub fn url(&self) -> String {
         format!("http://{}:{}", self.launch.host.address(), self.port)
+    }
+
+    async fn control(&self, method: Method, what: &str, body: &Value) -> Result<Value> {
+        let url = format!("{}/control/v1/{what}", self.internal_url());
+        let call = reqwest::Client::new().request(method, url);
+        let answer = call.bearer_auth(CONTROL_TOKEN).json(body).send().await?;
+        let status = answer.status();
+        let text = answer.text().await?;
+        ensure!(status.is_success(), "{what}: {status} {text}");
+        Ok(serde_json::from_str(&text).unwrap_or_default())
     }
 
     /// `http://…` address of its internal listener.

@@ -9,6 +9,7 @@
 //! | `POST /control/v1/term` | [`TermRequest`] | [`TermGranted`] |
 //! | `PUT /control/v1/placement` | [`PlacementRequest`] | 204, or 409 [`TermRefused`] |
 //! | `POST /control/v1/drain` | [`DrainRequest`] | 204, or 409 [`TermRefused`] |
+//! | `POST /control/v1/pin` | [`PinRequest`] | 204, or 409 [`TermRefused`] |
 //!
 //! Every change names a [`Term`]; a term older than the newest granted one is refused with 409, so
 //! an operator that lost its leadership cannot undo what its successor did.
@@ -16,7 +17,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::ids::{NodeId, Term};
+use crate::ids::{DocumentId, NodeId, Slot, Term};
 
 /// The cluster as one node sees it in the store, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +34,9 @@ pub struct ClusterReport {
     /// Who owns each slot now: index into [`ClusterReport::members`], `null` when nobody who is
     /// registered does. `owners[slot]`; its length is [`ClusterReport::slots`].
     pub owners: Vec<Option<u16>>,
+    /// The documents that have a slot of their own, in order of slot.
+    #[serde(default)]
+    pub pins: Vec<PinReport>,
     /// Slots whose handoff is under way.
     pub moving: u16,
     /// Highest map revision in the store.
@@ -57,6 +61,18 @@ pub struct StoreReport {
     pub timeline: String,
 }
 
+/// A document that has a slot of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PinReport {
+    /// The document.
+    pub document: DocumentId,
+    /// Its virtual slot, a number from [`ClusterReport::slots`] on.
+    pub slot: Slot,
+    /// Who owns it: index into [`ClusterReport::members`], as in [`ClusterReport::owners`].
+    pub owner: Option<u16>,
+}
+
 /// One process that is registered as a member.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -75,7 +91,7 @@ pub struct MemberReport {
     pub state: MemberState,
     /// Its lease has not ended by the database's clock.
     pub live: bool,
-    /// Slots it owns.
+    /// Slots it owns, those of pinned documents too.
     pub slots_owned: u16,
     /// Its load when it last renewed; `null` before the first sample.
     pub load: Option<LoadSample>,
@@ -159,6 +175,19 @@ pub struct PlacementRequest {
     pub nodes: Vec<NodeId>,
     /// `slots[slot]` is an index into [`PlacementRequest::nodes`]; length = number of slots.
     pub slots: Vec<u16>,
+    /// The slots of pinned documents.
+    #[serde(default)]
+    pub pins: Vec<PinPlacement>,
+}
+
+/// Which node is to own the slot of a pinned document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PinPlacement {
+    /// The virtual slot.
+    pub slot: Slot,
+    /// Index into [`PlacementRequest::nodes`].
+    pub node: u16,
 }
 
 /// Starts or ends the drain of a node.
@@ -171,4 +200,16 @@ pub struct DrainRequest {
     pub node: NodeId,
     /// `false` takes a drain back.
     pub drain: bool,
+}
+
+/// Gives a document a slot of its own, or takes it back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PinRequest {
+    /// The term the operator acts under.
+    pub term: Term,
+    /// The document.
+    pub document: DocumentId,
+    /// `false` takes a pin back.
+    pub pin: bool,
 }

@@ -12,6 +12,8 @@ pub const SLOTS_DEFAULT: u16 = 1024;
 pub const SLOTS_MIN: u16 = 256;
 /// Most slots of a cluster.
 pub const SLOTS_MAX: u16 = 16384;
+/// Most documents with a slot of their own.
+pub const PINS_MAX: usize = 256;
 /// Points of a node on the ring.
 pub const POINTS_PER_NODE: u32 = 256;
 

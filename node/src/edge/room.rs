@@ -337,6 +337,10 @@ impl Room {
     }
 
     fn map_changed(&mut self) {
+        let slot = self.edge.members.slot_of(&self.document);
+        if std::mem::replace(&mut self.slot, slot) != slot && self.upstream.is_some() {
+            self.detach(Duration::ZERO);
+        }
         let owner = self.edge.members.map().owner(self.slot);
         let moved = match (&self.upstream, &owner) {
             (Some(upstream), Some(owner)) => {

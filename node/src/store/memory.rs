@@ -58,7 +58,11 @@ type Statement = Box<dyn FnOnce(&mut Rows) + Send>;
 /// What the tables hold.
 #[derive(Clone, Default)]
 struct Rows {
+    /// Slots that documents hash to; virtual ones come after them.
+    slots_fixed: u16,
     slots: Vec<SlotRecord>,
+    /// The documents of virtual slots.
+    pins: BTreeMap<Slot, DocumentId>,
     members: BTreeMap<Uuid, MemberRecord>,
     documents: BTreeMap<DocumentId, DocumentRecord>,
     placement: Placement,
@@ -423,6 +427,7 @@ impl Rows {
 
     fn register(&mut self, member: &Registration, slots: u16, lease_end: Instant, now: Instant) {
         if self.slots.is_empty() {
+            self.slots_fixed = slots;
             self.slots = vec![SlotRecord::default(); usize::from(slots)];
         }
         let forgotten = now.checked_sub(Duration::from_hours(1));
@@ -519,6 +524,53 @@ impl Rows {
                 epoch: row.epoch,
             })
             .collect()
+    }
+
+    /// The documents of the virtual slots among `rows`.
+    fn pins_of(&self, rows: &[SlotRow]) -> Vec<(Slot, Option<DocumentId>)> {
+        let is_virtual = |row: &&SlotRow| self.slots_fixed <= row.slot.0;
+        let document = |row: &SlotRow| (row.slot, self.pins.get(&row.slot).cloned());
+        rows.iter().filter(is_virtual).map(document).collect()
+    }
+
+    fn pinned(&self, document: &DocumentId) -> Option<Slot> {
+        let mut pins = self.pins.iter();
+        pins.find(|(_, pinned)| *pinned == document)
+            .map(|(slot, _)| *slot)
+    }
+
+    fn pin(&mut self, document: &DocumentId, home: Slot) {
+        if self.pinned(document).is_some() {
+            return;
+        }
+        let end = u16::try_from(self.slots.len()).unwrap_or(u16::MAX);
+        let mut free = (self.slots_fixed..=end).map(Slot);
+        let free = free.find(|slot| !self.pins.contains_key(slot));
+        let own = free.unwrap_or(Slot(end));
+        if own.0 == end {
+            self.slots.push(SlotRecord::default());
+        }
+        self.pins.insert(own, document.clone());
+        let owner = self.slots[usize::from(home.0)].owner;
+        self.move_document(home, own, owner);
+    }
+
+    fn unpin(&mut self, document: &DocumentId, home: Slot) {
+        if let Some(own) = self.pinned(document) {
+            self.pins.remove(&own);
+            self.move_document(home, own, None);
+        }
+    }
+
+    /// Raises the epochs of both slots; `own` gets this owner.
+    fn move_document(&mut self, home: Slot, own: Slot, owner: Option<Uuid>) {
+        self.transaction += 1;
+        self.slots[usize::from(own.0)].owner = owner;
+        for slot in [home, own] {
+            let row = &mut self.slots[usize::from(slot.0)];
+            row.epoch.0 += 1;
+            row.revision = self.transaction;
+        }
     }
 
     fn claim(&mut self, incarnation: Uuid, slots: &[Slot], now: Instant) -> Vec<(Slot, Epoch)> {
@@ -702,8 +754,8 @@ impl Store for Memory {
         slots: u16,
         lease: Duration,
     ) -> Result<(), StoreError> {
-        let existing = self.database.read(|rows, _| rows.slots.len());
-        if existing != 0 && existing != usize::from(slots) {
+        let existing = self.database.read(|rows, _| rows.slots_fixed);
+        if existing != 0 && existing != slots {
             return Err(StoreError::Unusable(format!(
                 "the cluster was created with {existing} slots and this node was started with {slots}; \
                  the number of slots cannot change"
@@ -786,9 +838,13 @@ impl Store for Memory {
         } else {
             0
         };
-        Ok(self.database.read(|rows, _| MapChange {
-            horizon: rows.transaction + 1,
-            slots: rows.slot_rows(horizon),
+        Ok(self.database.read(|rows, _| {
+            let slots = rows.slot_rows(horizon);
+            MapChange {
+                horizon: rows.transaction + 1,
+                pins: rows.pins_of(&slots),
+                slots,
+            }
         }))
     }
 
@@ -818,6 +874,42 @@ impl Store for Memory {
             .write(move |rows, now| rows.hand_off(&from, to, now));
         self.database.map_changed.notify_waiters();
         Ok(moved)
+    }
+
+    async fn pinned(&self, document: &DocumentId) -> Result<Option<Slot>, StoreError> {
+        Ok(self.database.read(|rows, _| rows.pinned(document)))
+    }
+
+    async fn pin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let document = document.clone();
+        let done = self.database.write(move |rows, _| {
+            rows.grant(term)?;
+            rows.pin(&document, home);
+            Ok(())
+        });
+        self.database.map_changed.notify_waiters();
+        Ok(done)
+    }
+
+    async fn unpin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let document = document.clone();
+        let done = self.database.write(move |rows, _| {
+            rows.grant(term)?;
+            rows.unpin(&document, home);
+            Ok(())
+        });
+        self.database.map_changed.notify_waiters();
+        Ok(done)
     }
 
     async fn placement(&self) -> Result<Placement, StoreError> {

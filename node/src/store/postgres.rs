@@ -91,6 +91,20 @@ with want as (
 )
 select (select array_agg(slot) from held), (select array_agg(document) from put), (select array_agg(seq) from put)";
 
+/// Locks the slots `$1` for a change of who owns what in them, in ascending order.
+pub const LOCK_SLOTS: &str =
+    "select slot from slot where slot = any($1) order by slot for no key update";
+
+/// Makes `$2` the slot of the document `$3` alone, or of none, and takes it out of `$1` or puts it back. Both
+/// epochs rise, so that whoever has the document open under either slot, or a queue of appends for
+/// it, is fenced.
+pub const MOVE_DOCUMENT: &str = "
+update slot s set epoch = s.epoch + 1, revision = pg_current_xact_id()::text::bigint,
+  document = case when s.slot = $2 then $3 end,
+  owner = case when s.slot = $1 then s.owner when $3 is not null then (select owner from slot where slot = $1) end
+where s.slot in ($1, $2)
+returning pg_notify('collab_map', '')";
+
 /// Postgres behind a cluster.
 #[derive(Debug)]
 pub struct Postgres {
@@ -280,6 +294,22 @@ impl Postgres {
         .bind(incarnation)
         .bind(format!("{}ms", CLAIM_LOCK_TIMEOUT.as_millis()));
         self.run(&self.control, limit, query).await
+    }
+
+    async fn change_pin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+        wanted: Wanted,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let mut session = self.session(&self.control).await?;
+        let change = change_pin(session.connection(), term, document, home, wanted);
+        let changed = within(CONTROL_TIMEOUT, change)
+            .await
+            .map_err(|error| self.failed(error))?;
+        session.ended();
+        Ok(changed)
     }
 
     /// Ends the sessions of the processes that a claim of these slots would fence.
@@ -893,7 +923,8 @@ impl Store for Postgres {
         };
         // What commits later than this statement's snapshot has a transaction id of at least its xmin.
         let query = sqlx::query(
-            "select pg_snapshot_xmin(pg_current_snapshot())::text::bigint, slot, owner, epoch
+            "select pg_snapshot_xmin(pg_current_snapshot())::text::bigint, slot, owner, epoch,
+               slot >= (select slots from control), document
              from (select) always left join slot on revision >= $1 order by slot",
         )
         .bind(horizon);
@@ -901,6 +932,7 @@ impl Store for Postgres {
         let mut change = MapChange {
             horizon,
             slots: Vec::with_capacity(rows.len()),
+            pins: Vec::new(),
         };
         for row in &rows {
             change.horizon = get(row, 0)?;
@@ -910,6 +942,12 @@ impl Store for Postgres {
                     owner: get(row, 2)?,
                     epoch: Epoch(get(row, 3)?),
                 });
+                if get(row, 4)? {
+                    let document = get::<Option<String>>(row, 5)?;
+                    change
+                        .pins
+                        .push((slot(number)?, document.map(document_id).transpose()?));
+                }
             }
         }
         self.map_read_at.store(changes, Ordering::Release);
@@ -962,6 +1000,31 @@ impl Store for Postgres {
         .bind(to)
         .bind(MemberState::Active.as_str());
         taken(&self.run(&self.writes, DATA_TIMEOUT, query).await?)
+    }
+
+    async fn pinned(&self, document: &DocumentId) -> Result<Option<Slot>, StoreError> {
+        let query =
+            sqlx::query("select slot from slot where document = $1").bind(document.as_str());
+        let rows = self.run(&self.reads, DATA_TIMEOUT, query).await?;
+        rows.first().map(|row| slot(get(row, 0)?)).transpose()
+    }
+
+    async fn pin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        self.change_pin(term, document, home, Wanted::Pinned).await
+    }
+
+    async fn unpin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        self.change_pin(term, document, home, Wanted::Home).await
     }
 
     async fn placement(&self) -> Result<Placement, StoreError> {
@@ -1101,6 +1164,82 @@ async fn listen(pool: PgPool, hints: Arc<Hints>) {
         }
         tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
     }
+}
+
+/// Where a document is to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// In a virtual slot of its own.
+    Pinned,
+    /// In the slot that its id hashes to.
+    Home,
+}
+
+/// Pins or unpins. The lock on `control` lets no two take the same virtual slot.
+async fn change_pin(
+    connection: &mut PgConnection,
+    term: Term,
+    document: &DocumentId,
+    home: Slot,
+    wanted: Wanted,
+) -> Result<Result<(), Term>, sqlx::Error> {
+    let mut change = connection.begin().await?;
+    sqlx::query("select set_config('lock_timeout', $1, true)")
+        .bind(format!("{}ms", 3 * CLAIM_LOCK_TIMEOUT.as_millis()))
+        .execute(&mut *change)
+        .await?;
+    let slots = sqlx::query_scalar::<_, i32>(
+        "update control set term = $1 where term <= $1 returning slots",
+    )
+    .bind(term.0)
+    .fetch_optional(&mut *change)
+    .await?;
+    let Some(slots) = slots else {
+        let current = sqlx::query_scalar("select term from control")
+            .fetch_one(&mut *change)
+            .await?;
+        change.rollback().await?;
+        return Ok(Err(Term(current)));
+    };
+    let pinned = sqlx::query_scalar::<_, i32>("select slot from slot where document = $1")
+        .bind(document.as_str())
+        .fetch_optional(&mut *change)
+        .await?;
+    let own = match (wanted, pinned) {
+        (Wanted::Pinned, Some(_)) | (Wanted::Home, None) => None,
+        (Wanted::Home, Some(own)) => Some(own),
+        (Wanted::Pinned, None) => Some(free_slot(&mut change, slots).await?),
+    };
+    if let Some(own) = own {
+        let home = i32::from(home.0);
+        sqlx::query(LOCK_SLOTS)
+            .bind([home, own])
+            .execute(&mut *change)
+            .await?;
+        sqlx::query(MOVE_DOCUMENT)
+            .bind(home)
+            .bind(own)
+            .bind((wanted == Wanted::Pinned).then_some(document.as_str()))
+            .execute(&mut *change)
+            .await?;
+    }
+    change.commit().await?;
+    Ok(Ok(()))
+}
+
+/// The lowest virtual slot that is for no document; a new one when there is none.
+async fn free_slot(connection: &mut PgConnection, slots: i32) -> Result<i32, sqlx::Error> {
+    let free = sqlx::query_scalar(
+        "select coalesce((select min(slot) from slot where $1 <= slot and document is null), max(slot) + 1) from slot",
+    )
+    .bind(slots)
+    .fetch_one(&mut *connection)
+    .await?;
+    sqlx::query("insert into slot (slot) values ($1) on conflict do nothing")
+        .bind(free)
+        .execute(connection)
+        .await?;
+    Ok(free)
 }
 
 /// The load rule, in one consistent view.

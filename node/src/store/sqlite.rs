@@ -524,26 +524,33 @@ impl Store for Sqlite {
             .fetch_optional(&mut *view)
             .await
             .map_err(failed)?;
-        let rows =
-            sqlx::query("select slot, owner, epoch from slot where revision >= ? order by slot")
-                .bind(horizon)
-                .fetch_all(&mut *view)
-                .await
-                .map_err(failed)?;
-        let slots = rows
-            .iter()
-            .map(|row| {
-                Ok(SlotRow {
-                    slot: Slot(get(row, 0)?),
-                    owner: get(row, 1)?,
-                    epoch: Epoch(get(row, 2)?),
-                })
-            })
-            .collect::<Result<_, StoreError>>()?;
-        Ok(MapChange {
+        let rows = sqlx::query(
+            "select slot, owner, epoch, slot >= (select slots from control), document from slot
+             where revision >= ? order by slot",
+        )
+        .bind(horizon)
+        .fetch_all(&mut *view)
+        .await
+        .map_err(failed)?;
+        let mut change = MapChange {
             horizon: revision.map_or(0, |revision| revision + 1),
-            slots,
-        })
+            ..MapChange::default()
+        };
+        for row in &rows {
+            let slot = Slot(get(row, 0)?);
+            change.slots.push(SlotRow {
+                slot,
+                owner: get(row, 1)?,
+                epoch: Epoch(get(row, 2)?),
+            });
+            if get(row, 3)? {
+                let document = get::<Option<String>>(row, 4)?;
+                change
+                    .pins
+                    .push((slot, document.map(document_id).transpose()?));
+            }
+        }
+        Ok(change)
     }
 
     async fn claim(
@@ -596,6 +603,61 @@ impl Store for Sqlite {
         _to: Uuid,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
         Ok(Vec::new()) // there is no other member
+    }
+
+    async fn pinned(&self, document: &DocumentId) -> Result<Option<Slot>, StoreError> {
+        let slot = sqlx::query_scalar("select slot from slot where document = ?")
+            .bind(document.as_str())
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed)?;
+        Ok(slot.map(Slot))
+    }
+
+    async fn pin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let mut write = self.write().await?;
+        if let Err(current) = grant(&mut write, term).await? {
+            return Ok(Err(current));
+        }
+        if own_slot(&mut write, document).await?.is_none() {
+            let free: u16 = sqlx::query_scalar(
+                "select coalesce((select min(slot) from slot where (select slots from control) <= slot and document is null),
+                   max(slot) + 1) from slot",
+            )
+            .fetch_one(&mut *write)
+            .await
+            .map_err(failed)?;
+            sqlx::query("insert into slot (slot) values (?) on conflict do nothing")
+                .bind(free)
+                .execute(&mut *write)
+                .await
+                .map_err(failed)?;
+            move_document(&mut write, home, Slot(free), Some(document)).await?;
+        }
+        write.commit().await.map_err(failed)?;
+        Ok(Ok(()))
+    }
+
+    async fn unpin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        home: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let mut write = self.write().await?;
+        if let Err(current) = grant(&mut write, term).await? {
+            return Ok(Err(current));
+        }
+        if let Some(own) = own_slot(&mut write, document).await? {
+            move_document(&mut write, home, own, None).await?;
+        }
+        write.commit().await.map_err(failed)?;
+        Ok(Ok(()))
     }
 
     async fn placement(&self) -> Result<Placement, StoreError> {
@@ -707,6 +769,45 @@ async fn holds(
     .fetch_one(connection)
     .await
     .map_err(failed)
+}
+
+/// The slot of a pinned document.
+async fn own_slot(
+    connection: &mut SqliteConnection,
+    document: &DocumentId,
+) -> Result<Option<Slot>, StoreError> {
+    let slot = sqlx::query_scalar("select slot from slot where document = ?")
+        .bind(document.as_str())
+        .fetch_optional(connection)
+        .await
+        .map_err(failed)?;
+    Ok(slot.map(Slot))
+}
+
+/// Makes `own` the slot of this document alone, or of none; raises the epochs of both slots.
+async fn move_document(
+    connection: &mut SqliteConnection,
+    home: Slot,
+    own: Slot,
+    document: Option<&DocumentId>,
+) -> Result<(), StoreError> {
+    sqlx::query("update control set revision = revision + 1")
+        .execute(&mut *connection)
+        .await
+        .map_err(failed)?;
+    sqlx::query(
+        "update slot set epoch = epoch + 1, revision = (select revision from control),
+           document = case when slot = ?2 then ?3 end,
+           owner = case when slot = ?1 then owner when ?3 is not null then (select owner from slot where slot = ?1) end
+         where slot in (?1, ?2)",
+    )
+    .bind(home.0)
+    .bind(own.0)
+    .bind(document.map(DocumentId::as_str))
+    .execute(connection)
+    .await
+    .map_err(failed)?;
+    Ok(())
 }
 
 /// Raises the newest term to this one, or answers a newer one.
