@@ -9,14 +9,15 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router, middleware};
 use collab_core::control::{
-    ClusterReport, DrainRequest, MemberReport, PinPlacement, PinReport, PinRequest,
-    PlacementRequest, TermGranted, TermRefused, TermRequest,
+    ClusterReport, DrainRequest, MemberReport, NodeLoad, PinPlacement, PinReport, PinRequest,
+    PlacementRequest, TermGranted, TermRefused, TermRequest, ZonesRequest,
 };
-use collab_core::ids::{NodeId, Term};
+use collab_core::ids::{NodeId, Slot, Term};
 use collab_core::limits::PINS_MAX;
 
 use crate::api::{ApiError, owners};
 use crate::auth::bearer;
+use crate::documents::Load;
 use crate::peers::{self, websocket};
 use crate::server::App;
 
@@ -35,6 +36,8 @@ pub fn control(app: &Arc<App>) -> Router<Arc<App>> {
         .route("/control/v1/term", post(term))
         .route("/control/v1/placement", put(placement))
         .route("/control/v1/drain", post(drain))
+        .route("/control/v1/load", get(load))
+        .route("/control/v1/zones", put(zones))
         .route("/control/v1/pin", post(pin))
         .route(owners::ASK_PATH, post(owners::answer))
         .route(websocket::STREAM_PATH, get(stream))
@@ -105,7 +108,8 @@ async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
 }
 
 async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiError> {
-    let summary = app.store.summary().await?;
+    // From the store, not from the map, which may not yet have what the operator asked for a moment ago.
+    let (summary, placement) = futures::try_join!(app.store.summary(), app.store.placement())?;
     let map = app.members.map();
     let mut members: Vec<_> = map.members().cloned().collect();
     members.sort_by(|a, b| (&a.node, a.incarnation).cmp(&(&b.node, b.incarnation)));
@@ -116,12 +120,28 @@ async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiE
         index.and_then(|index| u16::try_from(index).ok())
     };
     let owners: Vec<Option<u16>> = map.slots().iter().map(|row| index(row.owner)).collect();
+    let by_name = |node: &NodeId| {
+        let named = || {
+            (0..)
+                .zip(&members)
+                .filter(|(_, member)| member.node == *node)
+        };
+        let live = named().find(|(_, member)| !member.lease_left.is_zero());
+        live.or_else(|| named().next()).map(|(index, _)| index)
+    };
+    let planned_at = |slot: Slot| by_name(placement.slots.get(usize::from(slot.0))?);
+    let planned = if placement.slots.is_empty() {
+        Vec::new()
+    } else {
+        map.slots().iter().map(|row| planned_at(row.slot)).collect()
+    };
     let pins: Vec<PinReport> = map
         .pins()
         .map(|(row, document)| PinReport {
             document: document.clone(),
             slot: row.slot,
             owner: index(row.owner),
+            planned: planned_at(row.slot),
         })
         .collect();
     let owned = |index: usize| {
@@ -155,6 +175,7 @@ async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiE
         members: reports.collect(),
         moving: map.misplaced(),
         owners,
+        planned,
         pins,
         revision: u64::try_from(summary.revision).unwrap_or_default(),
         store: summary.store,
@@ -219,6 +240,24 @@ async fn drain(
         app.store
             .set_drain(request.term, &request.node, request.drain)
             .await?,
+    ))
+}
+
+async fn load(State(app): State<Arc<App>>) -> Json<NodeLoad> {
+    let Load { slots, documents } = app.documents.load();
+    Json(NodeLoad {
+        incarnation: app.members.incarnation(),
+        slots,
+        documents,
+    })
+}
+
+async fn zones(
+    State(app): State<Arc<App>>,
+    Json(request): Json<ZonesRequest>,
+) -> Result<Response, ApiError> {
+    Ok(unless_refused(
+        app.store.set_zones(request.term, &request.zones).await?,
     ))
 }
 

@@ -30,10 +30,14 @@ use crate::store::{
 };
 use crate::tasks::Tasks;
 
+mod meter;
 mod preload;
 mod snapshot;
 
+use meter::{Counts, Meter};
 use preload::Preloads;
+
+pub use meter::Load;
 
 /// How long a node waits for the map to show it as the owner before it says that it is not.
 const OWNERSHIP_WAIT: Duration = Duration::from_millis(500);
@@ -150,6 +154,7 @@ pub struct Documents {
     metrics: Metrics,
     tasks: Tasks,
     open: Mutex<Open>,
+    load: Mutex<Load>,
     preloads: Preloads,
     next_id: AtomicU64,
     started: Instant,
@@ -167,6 +172,7 @@ struct Open {
 struct Entry {
     id: u64,
     slot: Slot,
+    meter: Meter,
     task: mpsc::UnboundedSender<ToDocument>,
 }
 
@@ -195,6 +201,7 @@ impl Documents {
             metrics,
             tasks,
             open: Mutex::default(),
+            load: Mutex::default(),
             preloads: Preloads::default(),
             next_id: AtomicU64::new(1),
             started: Instant::now(),
@@ -409,11 +416,14 @@ impl Documents {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let slot = self.members.slot_of(document);
         let (task, inputs) = mpsc::unbounded_channel();
+        let meter = Meter::default();
+        let counts = meter.counts.clone();
         open.documents.insert(
             document.clone(),
             Entry {
                 id,
                 slot,
+                meter,
                 task: task.clone(),
             },
         );
@@ -422,6 +432,7 @@ impl Documents {
             document: document.clone(),
             id,
             slot,
+            counts,
             inputs,
         };
         self.tasks.spawn(host.run(missing));
@@ -439,6 +450,7 @@ struct Host {
     document: DocumentId,
     id: u64,
     slot: Slot,
+    counts: Arc<Counts>,
     inputs: mpsc::UnboundedReceiver<ToDocument>,
 }
 
@@ -555,6 +567,7 @@ impl Host {
             documents: self.documents.clone(),
             name: self.document.clone(),
             id: self.id,
+            counts: self.counts.clone(),
             ownership,
             room_epoch,
             document,
@@ -674,6 +687,7 @@ struct Owned {
     documents: Arc<Documents>,
     name: DocumentId,
     id: u64,
+    counts: Arc<Counts>,
     ownership: Ownership,
     room_epoch: RoomEpoch,
     document: Document,
@@ -890,6 +904,7 @@ impl Owned {
                 update,
                 author,
             } => {
+                self.counts.update(update.len());
                 let append = Append {
                     document: self.name.clone(),
                     seq,
@@ -997,6 +1012,10 @@ impl Owned {
     async fn tick(&mut self, inputs: &mpsc::UnboundedReceiver<ToDocument>) -> Option<End> {
         let now = self.documents.started.elapsed();
         let end = self.handle(Input::Expire { now });
+        let connections = u32::try_from(self.document.connections()).unwrap_or(u32::MAX);
+        self.counts
+            .connections
+            .store(connections, std::sync::atomic::Ordering::Relaxed);
         if std::mem::take(&mut self.presence_changed) {
             self.documents
                 .bus

@@ -5,6 +5,7 @@
 //! locks the slot's row where slot, epoch and incarnation all match, so that a node which lost a
 //! slot cannot write to it, however late its statement arrives (the write rule).
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -401,7 +402,7 @@ pub trait Store: Send + Sync + 'static {
     /// One live document.
     async fn document(&self, document: &DocumentId) -> Result<Option<DocumentRow>, StoreError>;
 
-    /// Makes the process a member with a fresh lease, state Active, and removes earlier runs of the same pod uid (their
+    /// Makes the process a member with a fresh lease, state Active (and the zone of the run before, unless it knows its own), and removes earlier runs of the same pod uid (their
     /// slots become orphaned at once). Creates the slot rows when there are none.
     ///
     /// # Errors
@@ -499,6 +500,13 @@ pub trait Store: Send + Sync + 'static {
         term: Term,
         node: &NodeId,
         drain: bool,
+    ) -> Result<Result<(), Term>, StoreError>;
+
+    /// Says in which zones nodes run. `Err(current)` inside when the term is too old.
+    async fn set_zones(
+        &self,
+        term: Term,
+        zones: &BTreeMap<NodeId, String>,
     ) -> Result<Result<(), Term>, StoreError>;
 
     /// The newest term, number of adopted slots since the cluster exists, highest map revision.

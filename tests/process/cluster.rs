@@ -1,9 +1,9 @@
 //! Three nodes, real Postgres and Redis, stock clients: what was acknowledged is there, whatever ends.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use collab_core::control::ClusterReport;
+use collab_core::control::{Activity, ClusterReport, NodeLoad};
 use collab_core::ids::{DocumentId, NodeId};
 use collab_core::limits::EARLY_FENCE_EVERY;
 use collab_core::ring::slot_of;
@@ -401,6 +401,49 @@ async fn a_pinned_document_moves_alone_and_under_open_sockets() -> Result<()> {
     ensure!(closes == 0, "sockets were closed {closes} times");
     ensure!(silence[0].longest < LIVENESS, "{:?}", silence[0]);
     everything_acknowledged_is_there(&nodes, &ledger, &names).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_tell_their_load_and_are_told_their_zones() -> Result<()> {
+    let postgres = Postgres::shared().await;
+    let nodes = Nodes::start(2, &postgres.database().await, "none").await?;
+    let names = documents(6);
+    let typists = Typing::new(nodes.urls(), names.clone(), 5).start()?;
+    let begun = Instant::now();
+    loop {
+        let mut slots = Vec::new();
+        for (_, load) in nodes.control_all("load").await? {
+            let load: NodeLoad = serde_json::from_value(load)?;
+            slots.extend(load.slots);
+        }
+        let sum = slots
+            .iter()
+            .fold(Activity::default(), |sum, slot| sum.plus(slot.activity));
+        let documents: u32 = slots.iter().map(|slot| slot.documents).sum();
+        // Twelve writers make some fifty edits a second; on a busy machine fewer.
+        if (documents, sum.connections) == (6, 12) && 300 < sum.updates_per_minute {
+            println!(
+                "after {:?}: {sum:?} in {} slots",
+                begun.elapsed(),
+                slots.len()
+            );
+            break;
+        }
+        ensure!(begun.elapsed() < Duration::from_secs(40), "{slots:?}");
+        sleep(Duration::from_millis(500)).await;
+    }
+    typists.stop().await?;
+
+    let holder = json!({ "holder": "a test" });
+    let term = nodes.control(Method::POST, "term", &holder).await?["term"].clone();
+    let zones = json!({ "term": term, "zones": { "n0": "a", "n1": "b" } });
+    nodes.control(Method::PUT, "zones", &zones).await?;
+    let told = |report: &ClusterReport| {
+        let zones = report.members.iter().map(|member| member.zone.as_str());
+        zones.collect::<Vec<_>>() == ["a", "b"]
+    };
+    nodes.until("the zones are known", told).await?;
+    Ok(())
 }
 
 fn owner_of(report: &ClusterReport, document: &str) -> Option<NodeId> {

@@ -1,18 +1,23 @@
 //! Types of the control API: what the operator reads from nodes and what it asks of them.
 //!
 //! HTTP/JSON on a node's internal listener, with `Authorization: Bearer <control token>`. Any live
-//! node answers for the whole cluster, because what it reports and changes stands in the store.
+//! node answers for the whole cluster, because what it reports and changes stands in the store; only the
+//! load in detail is asked of each node.
 //!
 //! | call | body | answer |
 //! |--|--|--|
 //! | `GET /control/v1/report` | – | [`ClusterReport`] |
+//! | `GET /control/v1/load` | – | [`NodeLoad`] |
 //! | `POST /control/v1/term` | [`TermRequest`] | [`TermGranted`] |
 //! | `PUT /control/v1/placement` | [`PlacementRequest`] | 204, or 409 [`TermRefused`] |
 //! | `POST /control/v1/drain` | [`DrainRequest`] | 204, or 409 [`TermRefused`] |
+//! | `PUT /control/v1/zones` | [`ZonesRequest`] | 204, or 409 [`TermRefused`] |
 //! | `POST /control/v1/pin` | [`PinRequest`] | 204, or 409 [`TermRefused`] |
 //!
 //! Every change names a [`Term`]; a term older than the newest granted one is refused with 409, so
 //! an operator that lost its leadership cannot undo what its successor did.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -34,6 +39,10 @@ pub struct ClusterReport {
     /// Who owns each slot now: index into [`ClusterReport::members`], `null` when nobody who is
     /// registered does. `owners[slot]`; its length is [`ClusterReport::slots`].
     pub owners: Vec<Option<u16>>,
+    /// Which member is to own each slot by the placement in force, in the form of
+    /// [`ClusterReport::owners`]: `null` when it is no member. Empty before the first placement.
+    #[serde(default)]
+    pub planned: Vec<Option<u16>>,
     /// The documents that have a slot of their own, in order of slot.
     #[serde(default)]
     pub pins: Vec<PinReport>,
@@ -71,6 +80,8 @@ pub struct PinReport {
     pub slot: Slot,
     /// Who owns it: index into [`ClusterReport::members`], as in [`ClusterReport::owners`].
     pub owner: Option<u16>,
+    /// Who is to own it, as in [`ClusterReport::planned`].
+    pub planned: Option<u16>,
 }
 
 /// One process that is registered as a member.
@@ -139,6 +150,77 @@ pub struct LoadSample {
     pub documents: u32,
     /// Resident memory of the process in bytes.
     pub resident_bytes: u64,
+}
+
+/// What one node owns and how busy that is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeLoad {
+    /// This run of the node.
+    pub incarnation: Uuid,
+    /// The slots with an open document, in order; the load of any other slot is nothing.
+    pub slots: Vec<SlotLoad>,
+    /// The busiest documents, the busiest first, at most [`crate::limits::BUSY_DOCUMENTS_MAX`].
+    pub documents: Vec<DocumentLoad>,
+}
+
+/// The load of one slot at its owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SlotLoad {
+    /// The slot.
+    pub slot: Slot,
+    /// Open documents.
+    pub documents: u32,
+    /// What goes on in them.
+    #[serde(flatten)]
+    pub activity: Activity,
+}
+
+/// The load of one document at its owner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DocumentLoad {
+    /// The document.
+    pub document: DocumentId,
+    /// What goes on in it.
+    #[serde(flatten)]
+    pub activity: Activity,
+}
+
+/// What goes on in documents, averaged over some tens of seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Activity {
+    /// Client sockets, on whichever edge.
+    pub connections: u32,
+    /// Updates that were logged, per minute.
+    pub updates_per_minute: u32,
+    /// Their bytes, per second.
+    pub bytes_per_second: u32,
+}
+
+impl Activity {
+    /// The load in points. One is about what a quiet connection costs its owner: presence now and then, and a
+    /// copy of the updates of others. An update per second counts ten, because it is scanned, applied,
+    /// logged and passed on; a KiB per second counts one more.
+    pub const fn points(self) -> u64 {
+        self.connections as u64
+            + self.updates_per_minute as u64 / 6
+            + self.bytes_per_second as u64 / 1024
+    }
+
+    /// Both together.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            connections: self.connections.saturating_add(other.connections),
+            updates_per_minute: self
+                .updates_per_minute
+                .saturating_add(other.updates_per_minute),
+            bytes_per_second: self.bytes_per_second.saturating_add(other.bytes_per_second),
+        }
+    }
 }
 
 /// Asks for a new term.
@@ -212,4 +294,14 @@ pub struct PinRequest {
     pub document: DocumentId,
     /// `false` takes a pin back.
     pub pin: bool,
+}
+
+/// Says in which zones nodes run: nodes cannot know, since they do not speak to Kubernetes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ZonesRequest {
+    /// The term the operator acts under.
+    pub term: Term,
+    /// Zone by node; of others nothing is said.
+    pub zones: BTreeMap<NodeId, String>,
 }

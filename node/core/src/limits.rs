@@ -14,6 +14,8 @@ pub const SLOTS_MIN: u16 = 256;
 pub const SLOTS_MAX: u16 = 16384;
 /// Most documents with a slot of their own.
 pub const PINS_MAX: usize = 256;
+/// Busy documents that a node tells the operator of.
+pub const BUSY_DOCUMENTS_MAX: usize = 16;
 /// Points of a node on the ring.
 pub const POINTS_PER_NODE: u32 = 256;
 

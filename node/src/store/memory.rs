@@ -430,6 +430,13 @@ impl Rows {
             self.slots_fixed = slots;
             self.slots = vec![SlotRecord::default(); usize::from(slots)];
         }
+        let mut member = member.clone();
+        let same_pod = |known: &&MemberRecord| known.registration.pod_uid == member.pod_uid;
+        if let Some(before) = self.members.values().find(same_pod)
+            && member.zone.is_empty()
+        {
+            member.zone.clone_from(&before.registration.zone);
+        }
         let forgotten = now.checked_sub(Duration::from_hours(1));
         self.members.retain(|_, known| {
             let same_pod = known.registration.pod_uid == member.pod_uid;
@@ -438,14 +445,14 @@ impl Rows {
             !(same_pod || long_gone || replaced)
         });
         let record = MemberRecord {
-            registration: member.clone(),
+            registration: member,
             state: MemberState::Active,
             lease_end,
             fenced: false,
             renewed_at: now,
             load: None,
         };
-        self.members.insert(member.incarnation, record);
+        self.members.insert(record.registration.incarnation, record);
     }
 
     /// Every member, in order of node name and incarnation.
@@ -957,6 +964,23 @@ impl Store for Memory {
                     } else {
                         MemberState::Active
                     };
+                }
+            }
+            Ok(())
+        }))
+    }
+
+    async fn set_zones(
+        &self,
+        term: Term,
+        zones: &BTreeMap<NodeId, String>,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let zones = zones.clone();
+        Ok(self.database.write(move |rows, _| {
+            rows.grant(term)?;
+            for member in rows.members.values_mut() {
+                if let Some(zone) = zones.get(&member.registration.node) {
+                    member.registration.zone.clone_from(zone);
                 }
             }
             Ok(())

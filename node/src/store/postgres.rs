@@ -10,7 +10,7 @@
 //! `statement_timeout`; a call that takes too long is given up here, its session is closed, and its
 //! outcome is unknown.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -780,7 +780,8 @@ impl Store for Postgres {
              insert into member (incarnation, pod_uid, node, address, zone, weight, state, lease_end, renewed_at)
              values ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() + $8 * interval '1 ms', clock_timestamp())
              on conflict (pod_uid) do update set incarnation = excluded.incarnation, node = excluded.node,
-               address = excluded.address, zone = excluded.zone, weight = excluded.weight, state = excluded.state,
+               address = excluded.address, zone = coalesce(nullif(excluded.zone, ''), member.zone),
+               weight = excluded.weight, state = excluded.state,
                lease_end = excluded.lease_end, renewed_at = excluded.renewed_at, load = null, fenced = false
              returning pg_notify('collab_members', '')",
         )
@@ -1094,6 +1095,26 @@ impl Store for Postgres {
         .bind(drain)
         .bind(MemberState::Draining.as_str())
         .bind(MemberState::Active.as_str());
+        granted(&self.run_one(&self.control, CONTROL_TIMEOUT, query).await?)
+    }
+
+    async fn set_zones(
+        &self,
+        term: Term,
+        zones: &BTreeMap<NodeId, String>,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let query = sqlx::query(
+            "with granted as (
+               update control set term = $1 where term <= $1 returning term
+             ), told as (
+               update member m set zone = z.zone
+               from granted, unnest($2::text[], $3::text[]) as z(node, zone) where m.node = z.node and m.zone <> z.zone
+             )
+             select exists (select from granted), term from control",
+        )
+        .bind(term.0)
+        .bind(zones.keys().map(|node| node.0.as_str()).collect::<Vec<_>>())
+        .bind(zones.values().map(String::as_str).collect::<Vec<_>>());
         granted(&self.run_one(&self.control, CONTROL_TIMEOUT, query).await?)
     }
 

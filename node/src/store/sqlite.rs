@@ -5,6 +5,7 @@
 //! with each run, so that the log tells runs apart. The one member is this process: it lives in
 //! memory, and its lease never ends.
 
+use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::Mutex;
@@ -452,12 +453,16 @@ impl Store for Sqlite {
         .await
         .map_err(failed)?;
         write.commit().await.map_err(failed)?;
-        *self.member.lock().expect("no holder panics") = Some(Member {
+        let mut known = self.member.lock().expect("no holder panics");
+        let before = known
+            .take_if(|before| before.pod_uid == member.pod_uid && member.zone.is_empty())
+            .map(|before| before.zone);
+        *known = Some(Member {
             node: member.node.clone(),
             incarnation: member.incarnation,
             pod_uid: member.pod_uid.clone(),
             address: member.address.clone(),
-            zone: member.zone.clone(),
+            zone: before.unwrap_or_else(|| member.zone.clone()),
             weight: member.weight,
             state: MemberState::Active,
             lease_left: lease,
@@ -723,6 +728,25 @@ impl Store for Sqlite {
                 (true, state) => state, // a node that has drained already stays so
                 (false, _) => MemberState::Active,
             };
+        }
+        Ok(Ok(()))
+    }
+
+    async fn set_zones(
+        &self,
+        term: Term,
+        zones: &BTreeMap<NodeId, String>,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let mut write = self.write().await?;
+        if let Err(current) = grant(&mut write, term).await? {
+            return Ok(Err(current));
+        }
+        write.commit().await.map_err(failed)?;
+        let mut member = self.member.lock().expect("no holder panics");
+        if let Some(member) = member.as_mut()
+            && let Some(zone) = zones.get(&member.node)
+        {
+            member.zone.clone_from(zone);
         }
         Ok(Ok(()))
     }

@@ -9,6 +9,7 @@ on_both! {
     the_number_of_slots_cannot_change
     a_superseded_process_is_no_member
     the_map_tells_what_changed
+    a_zone_that_was_told_stays_with_the_pod
 }
 
 async fn an_older_term_changes_nothing(bench: Bench) {
@@ -187,6 +188,31 @@ async fn the_map_tells_what_changed(bench: Bench) {
     let summary = bench.store.summary().await.unwrap();
     assert_eq!(summary.adoptions, 1);
     assert!(summary.revision > 0 && !summary.store.version.is_empty());
+}
+
+async fn a_zone_that_was_told_stays_with_the_pod(bench: Bench) {
+    let node = bench.node("node-0").await;
+    let zone = async |node: &Node| bench.renewed(node).await.members[0].zone.clone();
+    assert_eq!(zone(&node).await, "");
+    let term = bench.store.take_term("first").await.unwrap();
+    let zones = |zone: &str| {
+        [("node-0", zone), ("node-9", "c")]
+            .map(|(node, zone)| (NodeId::from(node), zone.to_owned()))
+            .into()
+    };
+    let told = bench.store.set_zones(term, &zones("a")).await;
+    assert_eq!(told.unwrap(), Ok(()));
+    assert_eq!(zone(&node).await, "a");
+    let successor = bench.succeed(&node, &[]).await;
+    assert_eq!(
+        zone(&successor).await,
+        "a",
+        "a pod does not change its machine"
+    );
+    let newer = bench.store.take_term("second").await.unwrap();
+    let told = bench.store.set_zones(term, &zones("b")).await;
+    assert_eq!(told.unwrap(), Err(newer));
+    assert_eq!(zone(&successor).await, "a");
 }
 
 #[tokio::test]
