@@ -237,11 +237,140 @@ pub struct PlacementSpec {
             .message("spec.placement.slots cannot be changed: every document belongs to a slot by it")
     )]
     pub slots: i32,
+
+    /// What decides over the owner of a slot, beside the ring.
+    #[serde(default)]
+    pub policy: PlacementPolicy,
+
+    /// Most slots that a node may be given, in percent of its even share. With 100 every node has just its
+    /// share, and nothing is moved by load.
+    #[serde(default = "PlacementSpec::default_max_load")]
+    #[schemars(range(min = 100, max = 400))]
+    pub max_load_percent: i32,
+
+    /// How slots are moved by load. Only with `policy: BoundedLoad`.
+    #[serde(default)]
+    pub rebalance: RebalanceSpec,
+
+    /// Which documents get a slot of their own, so that they are moved alone and their neighbours away from
+    /// them.
+    #[serde(default)]
+    pub hot_documents: HotDocumentsSpec,
+}
+
+/// What decides over the owner of a slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PlacementPolicy {
+    /// Even shares of slots; an owner keeps what it has; slots are moved by load.
+    #[default]
+    BoundedLoad,
+    /// The first node of the slot's order on the ring, whatever that comes to.
+    Ring,
+}
+
+/// How slots are moved by load.
+///
+/// At most 32 a round; a slot that was moved rests for five minutes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RebalanceSpec {
+    /// `Auto` moves; `Manual` only tells in the status what would be moved.
+    #[serde(default)]
+    pub mode: PlacementMode,
+
+    /// Time in seconds between two rounds.
+    #[serde(default = "RebalanceSpec::default_interval")]
+    #[schemars(range(min = 10, max = 3600))]
+    pub interval_seconds: i32,
+
+    /// Slots on their way at the same time.
+    #[serde(default = "RebalanceSpec::default_moves")]
+    #[schemars(range(min = 1, max = 64))]
+    pub max_concurrent_moves: i32,
+
+    /// How far the busiest node may be above the mean, in percent, before a slot is moved.
+    #[serde(default = "RebalanceSpec::default_imbalance")]
+    #[schemars(range(min = 5, max = 100))]
+    pub imbalance_percent: i32,
+}
+
+impl RebalanceSpec {
+    const fn default_interval() -> i32 {
+        30
+    }
+
+    const fn default_moves() -> i32 {
+        8
+    }
+
+    const fn default_imbalance() -> i32 {
+        15
+    }
+}
+
+impl Default for RebalanceSpec {
+    fn default() -> Self {
+        Self {
+            mode: PlacementMode::default(),
+            interval_seconds: Self::default_interval(),
+            max_concurrent_moves: Self::default_moves(),
+            imbalance_percent: Self::default_imbalance(),
+        }
+    }
+}
+
+/// Who acts on the load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PlacementMode {
+    /// The operator.
+    #[default]
+    Auto,
+    /// A person.
+    Manual,
+}
+
+/// Which documents get a slot of their own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HotDocumentsSpec {
+    /// `Auto` pins a document while it is hot; `Manual` only those in `pinned`.
+    #[serde(default)]
+    pub mode: PlacementMode,
+
+    /// Load from which a document is hot, in percent of the mean load of a node.
+    #[serde(default = "HotDocumentsSpec::default_load")]
+    #[schemars(range(min = 10, max = 1000))]
+    pub load_percent: i32,
+
+    /// Ids of documents that are pinned whatever their load.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 255)))]
+    pub pinned: Vec<String>,
+}
+
+impl HotDocumentsSpec {
+    const fn default_load() -> i32 {
+        50
+    }
+}
+
+impl Default for HotDocumentsSpec {
+    fn default() -> Self {
+        Self {
+            mode: PlacementMode::default(),
+            load_percent: Self::default_load(),
+            pinned: Vec::new(),
+        }
+    }
 }
 
 impl PlacementSpec {
     const fn default_slots() -> i32 {
         1024
+    }
+
+    const fn default_max_load() -> i32 {
+        125
     }
 }
 
@@ -249,6 +378,10 @@ impl Default for PlacementSpec {
     fn default() -> Self {
         Self {
             slots: Self::default_slots(),
+            policy: PlacementPolicy::default(),
+            max_load_percent: Self::default_max_load(),
+            rebalance: RebalanceSpec::default(),
+            hot_documents: HotDocumentsSpec::default(),
         }
     }
 }
@@ -615,6 +748,24 @@ pub struct NodesStatus {
     /// Label selector of the pods, as text.
     #[serde(default)]
     pub selector: String,
+    /// Live nodes and their slots by zone, in order of name; a zone that is not known has an empty name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub zones: Vec<ZoneStatus>,
+}
+
+/// A zone as seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ZoneStatus {
+    /// Its name, from the label `topology.kubernetes.io/zone` of the kube nodes.
+    #[serde(default)]
+    pub name: String,
+    /// Live nodes in it.
+    #[serde(default)]
+    pub nodes: i32,
+    /// Slots that they own.
+    #[serde(default)]
+    pub slots: i32,
 }
 
 /// The placement as seen.
@@ -633,6 +784,9 @@ pub struct RingStatus {
     /// Slots that are not yet where the plan wants them.
     #[serde(default)]
     pub moving: i32,
+    /// Documents that have a slot of their own, beside the number of slots.
+    #[serde(default)]
+    pub pinned: i32,
     /// Term under which the operator acts.
     #[serde(default)]
     pub term: i64,
@@ -654,6 +808,14 @@ pub struct LoadStatus {
     /// Connections of the busiest node in percent of the mean.
     #[serde(default)]
     pub max_to_mean_percent: i64,
+    /// Load of the documents of the busiest owner in percent of the mean; this is what slots are moved by.
+    /// Absent while it is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner_max_to_mean_percent: Option<i64>,
+    /// The busiest slot, of a pinned document if its number is beyond those of the others. Absent while there
+    /// is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hottest_slot: Option<i32>,
 }
 
 /// A store as seen.

@@ -11,8 +11,8 @@ use axum::http::StatusCode;
 use axum::routing::get;
 use collab_crds::CollabClusterStatus;
 use prometheus::{
-    Encoder as _, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -85,6 +85,12 @@ pub struct Metrics {
     pub nodes_desired: IntGaugeVec,
     /// Changes of the number of nodes, by direction.
     pub scale_events: IntCounterVec,
+    /// Slots moved because of the load.
+    pub slots_rebalanced: IntCounter,
+    /// Load of the busiest owner in percent of the mean, by cluster.
+    pub load_max_to_mean: IntGaugeVec,
+    /// Documents with a slot of their own, by cluster.
+    pub documents_pinned: IntGaugeVec,
 }
 
 impl Metrics {
@@ -125,6 +131,24 @@ impl Metrics {
                 ),
                 &["direction"],
             )?,
+            slots_rebalanced: IntCounter::new(
+                "collab_operator_slots_rebalanced_total",
+                "Slots moved because of the load",
+            )?,
+            load_max_to_mean: IntGaugeVec::new(
+                Opts::new(
+                    "collab_operator_load_max_to_mean_percent",
+                    "Load of the busiest owner in percent of the mean",
+                ),
+                &["namespace", "cluster"],
+            )?,
+            documents_pinned: IntGaugeVec::new(
+                Opts::new(
+                    "collab_operator_documents_pinned",
+                    "Documents that have a slot of their own",
+                ),
+                &["namespace", "cluster"],
+            )?,
             registry,
         };
         for direction in ["out", "in"] {
@@ -137,6 +161,9 @@ impl Metrics {
             Box::new(metrics.reconcile_seconds.clone()),
             Box::new(metrics.nodes_desired.clone()),
             Box::new(metrics.scale_events.clone()),
+            Box::new(metrics.slots_rebalanced.clone()),
+            Box::new(metrics.load_max_to_mean.clone()),
+            Box::new(metrics.documents_pinned.clone()),
             Box::new(prometheus::process_collector::ProcessCollector::for_self()),
         ] {
             metrics.registry.register(collector)?;
@@ -155,14 +182,26 @@ impl Metrics {
         self.nodes_desired
             .with_label_values(&[namespace, cluster])
             .set(status.nodes.desired.into());
+        self.documents_pinned
+            .with_label_values(&[namespace, cluster])
+            .set(status.ring.pinned.into());
+        if let Some(percent) = status.load.owner_max_to_mean_percent {
+            self.load_max_to_mean
+                .with_label_values(&[namespace, cluster])
+                .set(percent);
+        }
     }
 
     /// Drops the numbers of a cluster that is gone.
     pub fn forget(&self, (namespace, cluster): &Key) {
         // Fails when there are none.
-        let _ = self
-            .nodes_desired
-            .remove_label_values(&[namespace, cluster]);
+        for gauge in [
+            &self.nodes_desired,
+            &self.load_max_to_mean,
+            &self.documents_pinned,
+        ] {
+            let _ = gauge.remove_label_values(&[namespace, cluster]);
+        }
     }
 
     fn text(&self) -> Result<String, prometheus::Error> {

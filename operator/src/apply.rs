@@ -4,7 +4,7 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash as _, Hasher as _};
 use std::time::{Duration, Instant};
 
-use collab_core::control::{DrainRequest, PlacementRequest};
+use collab_core::control::{DrainRequest, PinRequest, PlacementRequest, ZonesRequest};
 use collab_core::ids::Term;
 use collab_crds::CollabCluster;
 use collab_crds::names::FIELD_MANAGER;
@@ -55,6 +55,7 @@ pub async fn apply(
     if plan.reapply {
         ctx.forget_applied(cluster).await;
     }
+    ctx.metrics.slots_rebalanced.inc_by(plan.moves.len() as u64);
     for action in &plan.actions {
         match perform(ctx, cluster, observed, action, &mut applied).await {
             Ok(()) => {}
@@ -131,11 +132,30 @@ async fn perform(
                 term: applied.memory.term.ok_or(Failure::NoTerm)?,
                 nodes: placement.nodes.clone(),
                 slots: placement.slots.clone(),
-                pins: Vec::new(),
+                pins: placement.pins.clone(),
             };
             ctx.control.place(node, &request).await?;
             info!(cluster = %cluster.name_any(), %placement, "asked for a placement");
             applied.memory.placed = Some((placement.hash.clone(), Timestamp::now()));
+            Ok(())
+        }
+        Action::TellZones(zones) => {
+            let request = ZonesRequest {
+                term: applied.memory.term.ok_or(Failure::NoTerm)?,
+                zones: zones.clone(),
+            };
+            ctx.control.zones(node, &request).await?;
+            info!(cluster = %cluster.name_any(), %action, "told the zones of nodes");
+            Ok(())
+        }
+        Action::Pin { document, pin } => {
+            let request = PinRequest {
+                term: applied.memory.term.ok_or(Failure::NoTerm)?,
+                document: document.clone(),
+                pin: *pin,
+            };
+            ctx.control.pin(node, &request).await?;
+            info!(cluster = %cluster.name_any(), document.id = %document, pin, "asked for a pin");
             Ok(())
         }
         Action::Drain {

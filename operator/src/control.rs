@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use collab_core::control::{
-    ClusterReport, DrainRequest, PlacementRequest, TermGranted, TermRefused, TermRequest,
+    ClusterReport, DrainRequest, NodeLoad, PinRequest, PlacementRequest, TermGranted, TermRefused,
+    TermRequest, ZonesRequest,
 };
 use collab_core::ids::Term;
 use reqwest::{Client, Method, Response, StatusCode};
@@ -75,6 +76,15 @@ impl Control {
         read(node, answer).await
     }
 
+    /// How busy the slots of this node are.
+    ///
+    /// # Errors
+    /// When the node does not answer.
+    pub async fn load(&self, node: Node<'_>) -> Result<NodeLoad, ControlError> {
+        let answer = self.call(node, Method::GET, "load", None::<&()>).await?;
+        read(node, answer).await
+    }
+
     /// A term that nobody else has.
     ///
     /// # Errors
@@ -110,6 +120,24 @@ impl Control {
     pub async fn drain(&self, node: Node<'_>, request: &DrainRequest) -> Result<(), ControlError> {
         self.call(node, Method::POST, "drain", Some(request))
             .await?;
+        Ok(())
+    }
+
+    /// Says where nodes are.
+    ///
+    /// # Errors
+    /// As [`Control::drain`].
+    pub async fn zones(&self, node: Node<'_>, request: &ZonesRequest) -> Result<(), ControlError> {
+        self.call(node, Method::PUT, "zones", Some(request)).await?;
+        Ok(())
+    }
+
+    /// Pins a document or takes a pin back.
+    ///
+    /// # Errors
+    /// As [`Control::drain`].
+    pub async fn pin(&self, node: Node<'_>, request: &PinRequest) -> Result<(), ControlError> {
+        self.call(node, Method::POST, "pin", Some(request)).await?;
         Ok(())
     }
 

@@ -78,6 +78,8 @@ pub struct Context {
     pub failures: std::sync::Mutex<HashMap<Key, u32>>,
     /// Whether PodMonitors are known, and when that was asked.
     pub pod_monitors_served: Mutex<Option<(bool, Instant)>>,
+    /// Zone of each kube node, and when that was read.
+    pub zones: Mutex<HashMap<String, (Option<String>, Instant)>>,
     /// The node that reported last, of each cluster.
     pub last_reporters: Mutex<HashMap<Key, String>>,
 }
@@ -109,6 +111,7 @@ impl Context {
             published: Mutex::default(),
             failures: std::sync::Mutex::default(),
             pod_monitors_served: Mutex::default(),
+            zones: Mutex::default(),
             last_reporters: Mutex::default(),
         })
     }

@@ -6,13 +6,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use collab_core::control::{ClusterReport, MemberReport, MemberState};
-use collab_core::ids::{NodeId, Term};
+use collab_core::control::{ClusterReport, MemberReport, MemberState, NodeLoad, PinPlacement};
+use collab_core::ids::{DocumentId, NodeId, Term};
 use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
 use kube::api::ApiResource;
 use serde_json::Value;
 
+use crate::plan::pins::Hot;
+use crate::plan::rebalance::{Balance, Move, Rounds};
 use crate::plan::scaling::{Verdict, Wish};
 
 /// What Kubernetes and the nodes say, read in one pass.
@@ -36,6 +38,8 @@ pub struct Observed {
     pub pod_monitor: PodMonitorView,
     /// The cluster as a node reports it.
     pub report: Option<ClusterReport>,
+    /// How busy the slots of each node are that tells; nothing unless the load decides over slots.
+    pub loads: Vec<NodeLoad>,
     /// Why no node reports, as a sentence; empty when one does.
     pub silence: String,
     /// `host:port` of the node that reported.
@@ -48,21 +52,20 @@ impl Observed {
         self.report.as_ref().map_or(&[], |report| &report.members)
     }
 
-    /// Slots that no live member owns; all of them without a report.
+    /// Slots that no live member owns, also of pinned documents; all of them without a report.
     pub fn unowned(&self, slots: i32) -> i32 {
         let Some(report) = &self.report else {
             return slots;
         };
-        let owned = report
-            .owners
-            .iter()
-            .filter(|owner| {
-                owner
-                    .and_then(|index| report.members.get(usize::from(index)))
-                    .is_some_and(|member| member.live)
-            })
-            .count();
-        slots - i32::try_from(owned).unwrap_or(slots)
+        let is_owned = |owner: &Option<u16>| {
+            owner
+                .and_then(|index| report.members.get(usize::from(index)))
+                .is_some_and(|member| member.live)
+        };
+        let owned = report.owners.iter().filter(|owner| is_owned(owner)).count();
+        let pins = report.pins.iter().filter(|pin| !is_owned(&pin.owner));
+        let unowned_pins = i32::try_from(pins.count()).unwrap_or(i32::MAX);
+        slots - i32::try_from(owned).unwrap_or(slots) + unowned_pins
     }
 }
 
@@ -96,6 +99,8 @@ pub struct PodView {
     pub revision: String,
     /// When it should have ended, once it was told to.
     pub ends_at: Option<Timestamp>,
+    /// Zone of its kube node; `None` while that is unknown, or the kube node is in none.
+    pub zone: Option<String>,
     /// Since when its kube node has not been heard of, or does not exist.
     pub lost_since: Option<Timestamp>,
     /// Why its container does not run, such as `ImagePullBackOff`.
@@ -226,6 +231,15 @@ pub enum Action {
     },
     /// Ask for a term of the cluster's store before anything is asked of nodes.
     TakeTerm,
+    /// Tell the cluster in which zones nodes run.
+    TellZones(BTreeMap<NodeId, String>),
+    /// Give a document a slot of its own, or take it back.
+    Pin {
+        /// The document.
+        document: DocumentId,
+        /// Give or take back.
+        pin: bool,
+    },
     /// Ask for this placement.
     Place(Placement),
     /// Start the drain of a node, or take it back.
@@ -253,6 +267,8 @@ pub struct Placement {
     pub nodes: Vec<NodeId>,
     /// For each slot an index into `nodes`.
     pub slots: Vec<u16>,
+    /// The same for the slots of pinned documents.
+    pub pins: Vec<PinPlacement>,
     /// Slots that are not there yet.
     pub moving: i32,
     /// Short hash of all this.
@@ -274,6 +290,10 @@ pub struct Memory {
     pub wishes: Vec<Wish>,
     /// When a node was last lost.
     pub last_failover: Option<Timestamp>,
+    /// Moves by load.
+    pub rounds: Rounds,
+    /// When documents were last hot.
+    pub hot: Hot,
     /// What was seen last, to tell people what changed.
     pub seen: Option<Seen>,
 }
@@ -328,6 +348,12 @@ pub struct Plan {
     pub scaling: Verdict,
     /// The placement wanted, when there is a node to place on.
     pub placement: Option<Placement>,
+    /// How the load lies on the owners; `None` while it is unknown.
+    pub balance: Option<Balance>,
+    /// Slots that this placement moves because of the load.
+    pub moves: Vec<Move>,
+    /// Slots that somebody else is to move because of the load.
+    pub proposals: Vec<Move>,
     /// Whether pods are replaced because their template changed.
     pub rolling_out: bool,
     /// Whether an object of the cluster is gone, so that all must be applied again.
@@ -341,6 +367,12 @@ impl fmt::Display for Plan {
         writeln!(out, "want {}", self.scaling)?;
         for action in &self.actions {
             writeln!(out, "{action}")?;
+        }
+        for moved in &self.moves {
+            writeln!(out, "move {moved}")?;
+        }
+        for proposal in &self.proposals {
+            writeln!(out, "propose to move {proposal}")?;
         }
         for wait in &self.waits {
             writeln!(out, "wait {wait}")?;
@@ -363,6 +395,20 @@ impl fmt::Display for Action {
                 PodDeletion::Force => write!(out, "delete Pod {name} without waiting"),
             },
             Self::TakeTerm => write!(out, "take a term"),
+            Self::TellZones(zones) => {
+                write!(out, "tell zones:")?;
+                zones
+                    .iter()
+                    .try_for_each(|(node, zone)| write!(out, " {node} {zone}"))
+            }
+            Self::Pin {
+                document,
+                pin: true,
+            } => write!(out, "pin {document}"),
+            Self::Pin {
+                document,
+                pin: false,
+            } => write!(out, "unpin {document}"),
             Self::Place(placement) => write!(out, "place {placement}"),
             Self::Drain { node, drain: true } => write!(out, "drain {node}"),
             Self::Drain { node, drain: false } => write!(out, "take back the drain of {node}"),
@@ -391,6 +437,11 @@ impl fmt::Display for Placement {
         write!(out, "{} slots, {} to move:", self.slots.len(), self.moving)?;
         for (node, count) in self.nodes.iter().zip(counts) {
             write!(out, " {node} {count}")?;
+        }
+        for pin in &self.pins {
+            let node = self.nodes.get(usize::from(pin.node));
+            let node = node.map_or("nobody", |node| node.0.as_str());
+            write!(out, ", {} of a pin {node}", pin.slot)?;
         }
         Ok(())
     }

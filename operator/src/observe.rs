@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use collab_core::control::ClusterReport;
+use collab_core::control::{ClusterReport, NodeLoad};
 use collab_crds::CollabCluster;
+use collab_crds::collabcluster::PlacementPolicy;
 use collab_crds::collabcluster::SecretKey;
 use collab_crds::names::{INTERNAL_PORT, Names};
 use futures::future::{join_all, try_join_all};
@@ -24,6 +25,10 @@ use crate::model::{Credential, Credentials, Observed, PodMonitorView, PodView, S
 const ASKED_MAX: usize = 4;
 /// Instances that a managed Postgres may have had.
 const INSTANCES_MAX: u32 = 3;
+/// Label of a kube node that names its zone.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+/// How long the zone of a kube node is believed.
+const ZONE_FRESH: Duration = Duration::from_mins(5);
 /// How long the answer to "are PodMonitors known here" is believed.
 const DISCOVERY_FRESH: Duration = Duration::from_mins(1);
 
@@ -82,7 +87,13 @@ pub async fn observe(ctx: &Context, cluster: &CollabCluster) -> Result<Observed,
         ..Observed::default()
     };
     match token {
-        Some(token) => report(ctx, &ctx.key(cluster), &mut observed, token).await,
+        Some(token) => {
+            report(ctx, &ctx.key(cluster), &mut observed, token).await;
+            let placement = &cluster.spec.placement;
+            if observed.report.is_some() && placement.policy == PlacementPolicy::BoundedLoad {
+                observed.loads = loads(ctx, &observed.pods, token).await;
+            }
+        }
         None => "the cluster is being created".clone_into(&mut observed.silence),
     }
     observed.credentials = credentials;
@@ -144,10 +155,12 @@ async fn view(ctx: &Context, names: Names<'_>, pod: Pod) -> Result<PodView, Obse
         .flatten()
         .filter_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone())
         .find(|reason| !["ContainerCreating", "PodInitializing"].contains(&reason.as_str()));
-    let lost_since = match pod.spec.and_then(|spec| spec.node_name) {
+    let kube_node = pod.spec.and_then(|spec| spec.node_name);
+    let (lost_since, zone) = match kube_node {
         // A ready pod's machine was heard of a moment ago.
-        Some(kube_node) if !ready => lost_since(ctx, &kube_node).await,
-        _ => None,
+        Some(kube_node) if ready => (None, zone(ctx, &kube_node).await),
+        Some(kube_node) => (lost_since(ctx, &kube_node).await, None),
+        None => (None, None),
     };
     Ok(PodView {
         ordinal: name
@@ -163,10 +176,29 @@ async fn view(ctx: &Context, names: Names<'_>, pod: Pod) -> Result<PodView, Obse
             .and_then(|mut labels| labels.remove("controller-revision-hash"))
             .unwrap_or_default(),
         ends_at: pod.metadata.deletion_timestamp.map(|time| time.0),
+        zone,
         lost_since,
         trouble,
         name,
     })
+}
+
+/// The zone that a kube node's label names. An operator that may not read kube nodes learns none.
+async fn zone(ctx: &Context, kube_node: &str) -> Option<String> {
+    let mut zones = ctx.zones.lock().await;
+    if let Some((zone, at)) = zones.get(kube_node)
+        && at.elapsed() < ZONE_FRESH
+    {
+        return zone.clone();
+    }
+    let node = Api::<KubeNode>::all(ctx.client.clone())
+        .get(kube_node)
+        .await;
+    let zone = node
+        .ok()
+        .and_then(|mut node| node.labels_mut().remove(ZONE_LABEL));
+    zones.insert(kube_node.to_owned(), (zone.clone(), Instant::now()));
+    zone
 }
 
 /// Since when a kube node has been silent. An operator that may not read kube nodes learns nothing.
@@ -407,5 +439,20 @@ async fn report(ctx: &Context, key: &Key, observed: &mut Observed, token: &str) 
 }
 
 fn is_whole(report: &ClusterReport) -> bool {
-    report.owners.len() == usize::from(report.slots)
+    let slots = usize::from(report.slots);
+    report.owners.len() == slots && [0, slots].contains(&report.planned.len())
+}
+
+/// Asks every node that is ready how busy its slots are. Whoever does not answer is missing.
+async fn loads(ctx: &Context, pods: &[PodView], token: &str) -> Vec<NodeLoad> {
+    let ready = pods.iter().filter(|pod| pod.ready);
+    let asked = ready.filter_map(|pod| Some(format!("{}:{INTERNAL_PORT}", pod.ip.as_ref()?)));
+    let answers = join_all(asked.map(|address| async move {
+        let node = Node {
+            address: &address,
+            token,
+        };
+        ctx.control.load(node).await
+    }));
+    answers.await.into_iter().flatten().collect()
 }

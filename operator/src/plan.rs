@@ -6,11 +6,14 @@
 
 pub mod handoff;
 pub mod news;
+pub mod pins;
+pub mod rebalance;
 pub mod rollout;
 pub mod scaling;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use collab_core::ids::NodeId;
 use collab_crds::CollabCluster;
 use collab_crds::names::Names;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -50,10 +53,12 @@ pub fn plan(
                 limited: None,
                 load_known: observed.report.is_some(),
             },
-            placement: observed
-                .report
-                .as_ref()
-                .and_then(|report| handoff::placement(report, &BTreeSet::new())),
+            placement: observed.report.as_ref().and_then(|report| {
+                handoff::placement(report, &BTreeSet::new(), &cluster.spec.placement)
+            }),
+            balance: None,
+            moves: Vec::new(),
+            proposals: Vec::new(),
             rolling_out: false,
             reapply: false,
             memory,
@@ -62,27 +67,51 @@ pub fn plan(
     let scaling = scale(cluster, observed, &mut memory, had, now);
     let name = cluster.name_any();
     let rollout = rollout::rollout(Names(&name), scaling.desired, observed, now);
-    let placement = observed
+    let spec = &cluster.spec.placement;
+    let mut placement = observed
         .report
         .as_ref()
-        .and_then(|report| handoff::placement(report, &rollout.leaving));
+        .and_then(|report| handoff::placement(report, &rollout.leaving, spec));
+    // While pods come and go, the load says little of what it will be; and a node of an older version knows no pins.
+    let held = rollout.rolling_out || !rollout.leaving.is_empty();
+    let loads = rebalance::slot_loads(observed).ok();
+    let hot = pins::step(
+        &mut memory.hot,
+        observed,
+        &spec.hot_documents,
+        loads.as_ref(),
+        held,
+        now,
+    );
+    let balance = placement
+        .as_mut()
+        .map(|placement| rebalance::step(&mut memory.rounds, placement, observed, spec, held, now));
+    let balance = balance.unwrap_or_default();
 
     let mut actions = build::all(cluster, images, observed, rollout.replicas);
     if observed.report.is_some() && memory.term.is_none() {
         actions.push(Action::TakeTerm);
     }
+    actions.extend(zones_to_tell(observed).map(Action::TellZones));
     actions.extend(rollout.actions);
+    actions.extend(hot.actions);
     if let Some(placement) = &placement
         && !is_asked_for(placement, &memory, now)
     {
         actions.push(Action::Place(placement.clone()));
     }
+    let mut news = news;
+    news.extend(hot.news);
+    news.extend(told_of(&balance));
     let mut plan = Plan {
         actions,
-        waits: rollout.waits,
+        waits: [rollout.waits, hot.waits, balance.waits].concat(),
         news,
         scaling,
         placement,
+        balance: balance.balance,
+        moves: balance.moves,
+        proposals: balance.proposals,
         rolling_out: rollout.rolling_out,
         reapply: something_is_gone(cluster, observed),
         memory,
@@ -112,6 +141,40 @@ impl Plan {
         }
         self.memory.desired = Some(desired);
     }
+}
+
+/// The zones of live nodes that the cluster does not know yet; `None` when there is nothing to tell.
+fn zones_to_tell(observed: &Observed) -> Option<BTreeMap<NodeId, String>> {
+    let unknown = observed.pods.iter().filter_map(|pod| {
+        let zone = pod.zone.as_ref()?;
+        let mut members = observed.members().iter();
+        let is_news = members.any(|member| {
+            member.live
+                && member.node.0 == pod.name
+                && member.pod_uid == pod.uid
+                && member.zone != *zone
+        });
+        is_news.then(|| (NodeId(pod.name.clone()), zone.clone()))
+    });
+    let unknown: BTreeMap<_, _> = unknown.collect();
+    (!unknown.is_empty()).then_some(unknown)
+}
+
+fn told_of(step: &rebalance::Step) -> Option<News> {
+    let before = step.balance?.max_to_mean_percent;
+    let moves = step.moves.len();
+    let them = if moves == 1 {
+        "slot moves"
+    } else {
+        "slots move"
+    };
+    (0 < moves).then(|| News {
+        gravity: Gravity::Normal,
+        reason: "SlotsRebalanced",
+        action: "Rebalance",
+        node: None,
+        note: format!("{moves} {them} because the busiest owner is at {before} % of the mean load"),
+    })
 }
 
 fn is_asked_for(placement: &Placement, memory: &Memory, now: Timestamp) -> bool {

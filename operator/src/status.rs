@@ -1,11 +1,12 @@
 //! The status: what was seen, as numbers and conditions. It decides nothing and is never read back,
 //! except for the number of nodes that an earlier operator wanted.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use collab_core::control::MemberState;
 use collab_crds::collabcluster::{
-    LoadStatus, NodesStatus, PodMonitorMode, RingStatus, StoreStatus,
+    LoadStatus, NodesStatus, PodMonitorMode, RingStatus, StoreStatus, ZoneStatus,
 };
 use collab_crds::conditions::{self, reason};
 use collab_crds::names::{Names, POSTGRES_PORT, REDIS_PORT, STATUS_MANAGER};
@@ -94,7 +95,7 @@ pub fn status(
     CollabClusterStatus {
         observed_generation: cluster.metadata.generation,
         ring: ring(&view),
-        load: load(observed),
+        load: load(observed, plan),
         postgres: postgres(&view, Names(&name)),
         redis: redis(&view, Names(&name)),
         image: Some(
@@ -139,7 +140,21 @@ fn nodes(names: Names<'_>, observed: &Observed, plan: &Plan) -> NodesStatus {
         ready: count(observed.pods.iter().filter(|pod| pod.ready).count()),
         draining: count(draining),
         selector: names.node_selector_text(),
+        zones: zones(observed),
     }
+}
+
+fn zones(observed: &Observed) -> Vec<ZoneStatus> {
+    let mut zones = BTreeMap::<&str, ZoneStatus>::new();
+    for member in observed.members().iter().filter(|member| member.live) {
+        let zone = zones.entry(&member.zone).or_insert_with(|| ZoneStatus {
+            name: member.zone.clone(),
+            ..ZoneStatus::default()
+        });
+        zone.nodes += 1;
+        zone.slots += i32::from(member.slots_owned);
+    }
+    zones.into_values().collect()
 }
 
 fn ring(view: &View<'_>) -> RingStatus {
@@ -151,6 +166,7 @@ fn ring(view: &View<'_>) -> RingStatus {
         }),
         slots: view.cluster.spec.placement.slots,
         unowned: view.unowned,
+        pinned: report.map_or(0, |report| count(report.pins.len())),
         moving: view
             .plan
             .placement
@@ -169,7 +185,7 @@ fn ring(view: &View<'_>) -> RingStatus {
     }
 }
 
-fn load(observed: &Observed) -> LoadStatus {
+fn load(observed: &Observed, plan: &Plan) -> LoadStatus {
     let loads: Vec<_> = observed
         .members()
         .iter()
@@ -191,6 +207,12 @@ fn load(observed: &Observed) -> LoadStatus {
         } else {
             busiest * nodes * 100 / connections
         },
+        owner_max_to_mean_percent: plan
+            .balance
+            .and_then(|balance| i64::try_from(balance.max_to_mean_percent).ok()),
+        hottest_slot: plan
+            .balance
+            .and_then(|balance| Some(balance.hottest?.0.into())),
     }
 }
 
@@ -324,7 +346,7 @@ impl View<'_> {
             reason::AS_EXPECTED,
             format!(
                 "{ready} nodes serve {} connections",
-                load(self.observed).connections
+                load(self.observed, self.plan).connections
             ),
         )
     }
@@ -506,7 +528,16 @@ impl View<'_> {
                 reason::NO_NODE_ANSWERS,
                 "there is no node to place slots on yet",
             ),
-            (Some(_), 0) => yes(reason::AS_EXPECTED, "every slot is where it should be"),
+            (Some(_), 0) => match self.plan.proposals.as_slice() {
+                [] => yes(reason::AS_EXPECTED, "every slot is where it should be"),
+                [first, ..] => yes(
+                    reason::AS_EXPECTED,
+                    format!(
+                        "spec.placement.rebalance.mode is Manual; the load would move {} slots, {first}",
+                        self.plan.proposals.len()
+                    ),
+                ),
+            },
             (Some(placement), moving) => no(
                 reason::SLOTS_MOVING,
                 format!(

@@ -9,6 +9,7 @@
     reason = "what was measured is part of a test's result"
 )]
 
+mod balance;
 mod cluster;
 mod families;
 mod moves;

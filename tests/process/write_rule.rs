@@ -145,23 +145,7 @@ async fn race(statement: &str, taking: &Taking) -> Outcome {
         let started = Arc::new(Barrier::new(APPENDERS + 1));
         let mut appenders = Vec::new();
         let pinned = DocumentId::new(&format!("doc-{slot}-0")).unwrap();
-        let (busy, epoch) = match taking {
-            Taking::Claim | Taking::Pin(_) => (slot, 1),
-            Taking::Unpin(_) => {
-                store
-                    .pin(Term(1), &pinned, Slot(slot))
-                    .await
-                    .unwrap()
-                    .unwrap();
-                let own = store.pinned(&pinned).await.unwrap().unwrap();
-                let epoch = sqlx::query_scalar("select epoch from slot where slot = $1")
-                    .bind(i32::from(own.0))
-                    .fetch_one(&pool)
-                    .await
-                    .unwrap();
-                (own.0, epoch)
-            }
-        };
+        let (busy, epoch) = prepare(&store, &pool, taking, slot, &pinned).await;
         for number in 0..APPENDERS {
             let document = format!("doc-{slot}-{number}");
             sqlx::query("insert into document (id, slot) values ($1, $2)")
@@ -185,34 +169,7 @@ async fn race(statement: &str, taking: &Taking) -> Outcome {
         tokio::time::sleep(Duration::from_millis(u64::from(slot % 7))).await;
 
         let began = Instant::now();
-        match taking {
-            Taking::Claim => {
-                let slots = [Slot(slot)];
-                let claim = store.claim(new.incarnation, &slots, Claim::Orphaned);
-                assert_eq!(claim.await.unwrap().len(), 1);
-            }
-            Taking::Pin(None) => store
-                .pin(Term(1), &pinned, Slot(slot))
-                .await
-                .unwrap()
-                .unwrap(),
-            Taking::Unpin(None) => store
-                .unpin(Term(1), &pinned, Slot(slot))
-                .await
-                .unwrap()
-                .unwrap(),
-            Taking::Pin(Some(statement)) => {
-                sqlx::query("insert into slot (slot) values ($1)")
-                    .bind(i32::from(256 + slot))
-                    .execute(&pool)
-                    .await
-                    .unwrap();
-                move_document(&pool, statement, slot, 256 + slot, Some(&pinned)).await;
-            }
-            Taking::Unpin(Some(statement)) => {
-                move_document(&pool, statement, slot, busy, None).await;
-            }
-        }
+        take(&store, &pool, taking, &new, (slot, busy), &pinned).await;
         outcome.slowest_claim = outcome.slowest_claim.max(began.elapsed());
         let mut loaded = Vec::new();
         for number in 0..APPENDERS {
@@ -240,6 +197,59 @@ async fn race(statement: &str, taking: &Taking) -> Outcome {
         outcome.violations += usize::from(violated);
     }
     outcome
+}
+
+/// The slot in which the document is when the race begins, and its epoch.
+async fn prepare(
+    store: &Postgres,
+    pool: &PgPool,
+    taking: &Taking,
+    home: u16,
+    document: &DocumentId,
+) -> (u16, i64) {
+    if !matches!(taking, Taking::Unpin(_)) {
+        return (home, 1);
+    }
+    let pinned = store.pin(Term(1), document, Slot(home)).await.unwrap();
+    pinned.unwrap();
+    let own = store.pinned(document).await.unwrap().unwrap();
+    let epoch = sqlx::query_scalar("select epoch from slot where slot = $1")
+        .bind(i32::from(own.0))
+        .fetch_one(pool)
+        .await
+        .unwrap();
+    (own.0, epoch)
+}
+
+/// Takes the document away; `busy` is the slot it is in, `home` the one it hashes to.
+async fn take(
+    store: &Postgres,
+    pool: &PgPool,
+    taking: &Taking,
+    new: &Registration,
+    (home, busy): (u16, u16),
+    document: &DocumentId,
+) {
+    let slot = Slot(home);
+    match taking {
+        Taking::Claim => {
+            let slots = [slot];
+            let claim = store.claim(new.incarnation, &slots, Claim::Orphaned);
+            assert_eq!(claim.await.unwrap().len(), 1);
+        }
+        Taking::Pin(None) => store.pin(Term(1), document, slot).await.unwrap().unwrap(),
+        Taking::Unpin(None) => store.unpin(Term(1), document, slot).await.unwrap().unwrap(),
+        Taking::Pin(Some(statement)) => {
+            let own = 256 + home;
+            sqlx::query("insert into slot (slot) values ($1)")
+                .bind(i32::from(own))
+                .execute(pool)
+                .await
+                .unwrap();
+            move_document(pool, statement, home, own, Some(document)).await;
+        }
+        Taking::Unpin(Some(statement)) => move_document(pool, statement, home, busy, None).await,
+    }
 }
 
 /// As a pin of the store, but with this statement.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use collab_core::control::{ClusterReport, MemberReport, MemberState};
+use collab_core::control::{ClusterReport, MemberReport, MemberState, PinPlacement};
 use collab_core::ids::NodeId;
-use collab_core::ring::{Ring, RingNode, plan_placement};
+use collab_core::ring::{Ring, RingNode, plain_placement, plan_placement};
+use collab_crds::collabcluster::{PlacementPolicy, PlacementSpec};
 use sha2::{Digest as _, Sha256};
 
 use crate::build::short_hex;
@@ -79,49 +80,92 @@ pub fn active_nodes(report: &ClusterReport) -> BTreeSet<NodeId> {
 
 /// The placement over the serving nodes less those that are `leaving`; `None` when none is left.
 ///
-/// Owners keep what they have where they can, so the same answer comes out until members change.
-pub fn placement(report: &ClusterReport, leaving: &BTreeSet<NodeId>) -> Option<Placement> {
+/// It goes on from the placement in force, not from who owns what at the moment, which changes while slots are
+/// on their way; so the same answer comes out until members change. Before the first placement, and where
+/// the node of the one in force is gone, present owners keep what they have up to their share.
+pub fn placement(
+    report: &ClusterReport,
+    leaving: &BTreeSet<NodeId>,
+    spec: &PlacementSpec,
+) -> Option<Placement> {
     let staying = active_nodes(report)
         .into_iter()
         .filter(|node| !leaving.contains(node))
-        .map(RingNode::normal);
+        .map(|name| RingNode {
+            zone: zone(report, &name),
+            ..RingNode::normal(name)
+        });
     let ring = Ring::new(staying, report.slots);
     if ring.nodes().is_empty() {
         return None;
     }
-    let current: Vec<Option<NodeId>> = report
-        .owners
-        .iter()
-        .map(|owner| {
-            let member = report.members.get(usize::from((*owner)?))?;
-            member.live.then(|| member.node.clone())
-        })
-        .collect();
-    let slots = plan_placement(&ring, &[], &current, 100);
-    let moving = slots
-        .iter()
-        .enumerate()
-        .filter(|(slot, node)| {
-            let now = current.get(*slot).and_then(Option::as_ref);
-            now != ring.nodes().get(usize::from(**node))
-        })
-        .count();
-    Some(Placement {
-        hash: hash(ring.nodes(), &slots),
+    let member = |index: &Option<u16>| report.members.get(usize::from((*index)?));
+    let planned_node = |index| member(index).map(|member| member.node.clone());
+    let owner_node = |index| {
+        member(index)
+            .filter(|member| member.live)
+            .map(|member| member.node.clone())
+    };
+    let planned: Vec<_> = report.planned.iter().map(planned_node).collect();
+    let current: Vec<_> = report.owners.iter().map(owner_node).collect();
+    let slots = match spec.policy {
+        PlacementPolicy::Ring => plain_placement(&ring),
+        PlacementPolicy::BoundedLoad => {
+            let most = u32::try_from(spec.max_load_percent).unwrap_or(100);
+            plan_placement(&ring, &planned, &current, most)
+        }
+    };
+    let on_ring = |node: Option<NodeId>| ring.nodes().binary_search(&node?).ok();
+    let mut moving = 0;
+    let mut pins = Vec::new();
+    for pin in &report.pins {
+        let owner = on_ring(owner_node(&pin.owner));
+        let first = || on_ring(ring.preference(pin.slot).next().cloned());
+        let node = on_ring(planned_node(&pin.planned))
+            .or(owner)
+            .or_else(first)?;
+        moving += i32::from(owner != Some(node));
+        pins.push(PinPlacement {
+            slot: pin.slot,
+            node: u16::try_from(node).ok()?,
+        });
+    }
+    for (slot, node) in slots.iter().enumerate() {
+        let now = current.get(slot).and_then(Option::as_ref);
+        moving += i32::from(now != ring.nodes().get(usize::from(*node)));
+    }
+    let mut placement = Placement {
+        hash: String::new(),
         nodes: ring.nodes().to_vec(),
-        moving: i32::try_from(moving).unwrap_or(i32::MAX),
+        moving,
         slots,
-    })
+        pins,
+    };
+    placement.rehash();
+    Some(placement)
 }
 
-fn hash(nodes: &[NodeId], slots: &[u16]) -> String {
-    let mut hasher = Sha256::new();
-    for node in nodes {
-        hasher.update(node.0.as_bytes());
-        hasher.update([0xFF]);
+fn zone(report: &ClusterReport, node: &NodeId) -> String {
+    let mut named = report.members.iter().filter(|member| member.node == *node);
+    let live = named.find(|member| member.live);
+    live.map_or_else(String::new, |member| member.zone.clone())
+}
+
+impl Placement {
+    /// Makes the hash that of what it says.
+    pub fn rehash(&mut self) {
+        let mut hasher = Sha256::new();
+        for node in &self.nodes {
+            hasher.update(node.0.as_bytes());
+            hasher.update([0xFF]);
+        }
+        for slot in &self.slots {
+            hasher.update(slot.to_le_bytes());
+        }
+        for pin in &self.pins {
+            hasher.update(pin.slot.0.to_le_bytes());
+            hasher.update(pin.node.to_le_bytes());
+        }
+        self.hash = short_hex(&hasher.finalize(), 4);
     }
-    for slot in slots {
-        hasher.update(slot.to_le_bytes());
-    }
-    short_hex(&hasher.finalize(), 4)
 }

@@ -1,14 +1,17 @@
 //! Each test is a script: what is seen, and the plan as text. Most compare only what is done about
 //! nodes; `the_first_plan` shows a whole one.
 
-use collab_core::control::{ClusterReport, LoadSample, MemberReport, MemberState, StoreReport};
-use collab_core::ids::{NodeId, Term};
+use collab_core::control::{
+    Activity, ClusterReport, DocumentLoad, LoadSample, MemberReport, MemberState, NodeLoad,
+    PinReport, SlotLoad, StoreReport,
+};
+use collab_core::ids::{DocumentId, NodeId, Slot, Term};
 use collab_crds::CollabCluster;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use super::plan;
 use crate::build::tests::{cluster, credentials, images};
-use crate::model::{Memory, Observed, Plan, PodMonitorView, PodView, SetView};
+use crate::model::{Action, Memory, Observed, Plan, PodMonitorView, PodView, SetView};
 
 #[test]
 fn the_first_plan() {
@@ -268,6 +271,188 @@ fn an_operator_that_just_started_goes_on_from_the_status() {
     assert_eq!((plan.scaling.desired, replicas(&plan)), (5, 5));
 }
 
+#[test]
+fn slots_move_by_load_some_at_a_time_and_rest_after() {
+    let cluster = balanced("rebalance: {maxConcurrentMoves: 2}");
+    let (mut world, mut memory) = (
+        World::reached(&["Active", "Active", "Active"]),
+        Memory::default(),
+    );
+    // Every slot of the first node has 3 points, and one of them 60.
+    world.slot_loads = (0..85).map(|number| (3 * number, 3)).collect();
+    world.slot_loads.push((255, 60));
+    let mut told = String::new();
+    for (seconds, arrive) in [
+        (0, true),
+        (2, false),
+        (4, true),
+        (6, true),
+        (31, true),
+        (62, true),
+    ] {
+        let plan = plan_at(&cluster, &world.observed(), &mut memory, seconds);
+        note(&mut told, &format!("after {seconds} s"), &nodes_only(&plan));
+        world.accept(&plan);
+        if arrive {
+            world.arrive();
+        }
+    }
+    insta::assert_snapshot!(told);
+}
+
+#[test]
+fn a_person_is_told_what_would_be_moved() {
+    let cluster = balanced("rebalance: {mode: Manual}");
+    let mut world = World::reached(&["Active", "Active", "Active"]);
+    world.slot_loads = vec![(0, 300), (3, 120), (6, 40), (1, 10)];
+    insta::assert_snapshot!(nodes_only(&look(
+        &cluster,
+        &world.observed(),
+        &mut Memory::default()
+    )));
+}
+
+#[test]
+fn nothing_moves_by_load_while_nodes_come_and_go_or_one_is_silent() {
+    let cluster = balanced("slots: 256");
+    let mut world = World::reached(&["Active", "Active", "Active"]);
+    world.slot_loads = vec![(0, 300), (3, 120), (6, 40), (1, 10)];
+    let moves = |world: &World| {
+        look(&cluster, &world.observed(), &mut Memory::default())
+            .moves
+            .len()
+    };
+    assert_ne!(moves(&world), 0);
+    world.newest = "new";
+    assert_eq!(moves(&world), 0, "a rollout");
+    world.newest = "old";
+    world.tell_loads = 2;
+    let plan = look(&cluster, &world.observed(), &mut Memory::default());
+    assert!(plan.moves.is_empty());
+    assert_eq!(
+        plan.waits,
+        ["for the load of demo-node-2, before slots are moved by it"]
+    );
+}
+
+#[test]
+fn a_node_that_joins_a_balanced_cluster_gets_its_share_and_the_balance_stays() {
+    let mut world = World::reached(&["Active", "Active"]);
+    // The load has taken ten slots from the first node.
+    for slot in 0..10 {
+        world.planned[2 * slot] = Some(1);
+    }
+    world.owners = Owners::Given(world.planned.clone());
+    let plan = look(
+        &balanced("slots: 256"),
+        &world.observed(),
+        &mut Memory::default(),
+    );
+    let place = "\nplace 256 slots, 0 to move: demo-node-0 118 demo-node-1 138\n";
+    assert!(plan.to_string().contains(place), "{plan}");
+    world.nodes.push("Active");
+    let text = nodes_only(&look(&dev(3), &world.observed(), &mut Memory::default()));
+    assert!(
+        text.contains(
+            "place 256 slots, 85 to move: demo-node-0 86 demo-node-1 85 demo-node-2 85\n"
+        ),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_hot_document_is_pinned_its_neighbours_leave_and_it_cools() {
+    let cluster = balanced("hotDocuments: {pinned: [minutes, '']}");
+    let (mut world, mut memory) = (World::reached(&["Active", "Active"]), Memory::default());
+    world.slot_loads = (0..256).map(|slot| (slot, 1)).collect();
+    world.slot_loads[0].1 = 150;
+    world.documents = vec![("hot", 149), ("warm", 90)];
+    let mut told = String::new();
+    let mut see = |world: &mut World, when: &str, seconds: i64| {
+        let plan = plan_at(&cluster, &world.observed(), &mut memory, seconds);
+        note(&mut told, when, &nodes_only(&plan));
+        world.accept(&plan);
+        world.arrive();
+    };
+    see(&mut world, "it is hot", 0);
+    world.slot_loads[0].1 = 1;
+    world.slot_loads.push((257, 149));
+    see(&mut world, "it is pinned", 31);
+    // Not as hot as what pins, but not cold.
+    let last = world.slot_loads.len() - 1;
+    world.documents.clear();
+    world.slot_loads[last].1 = 60;
+    see(&mut world, "it is warm", 62);
+    world.slot_loads[last].1 = 10;
+    see(&mut world, "it is cold", 93);
+    see(&mut world, "it is cold for half an hour", 62 + 30 * 60);
+    insta::assert_snapshot!(told);
+}
+
+#[test]
+fn pins_stay_where_they_are_through_an_operator_that_starts_and_a_load_that_is_not_told() {
+    let mut world = World::reached(&["Active", "Active"]);
+    world.pins = vec![("hot", 0)];
+    let cluster = balanced("slots: 256");
+    let mut memory = Memory::default();
+    let plan = look(&cluster, &world.observed(), &mut memory);
+    assert!(!plan.to_string().contains("unpin"), "{plan}");
+    world.tell_loads = 1;
+    let plan = plan_at(&cluster, &world.observed(), &mut memory, 3 * 3600);
+    assert!(!plan.to_string().contains("unpin"), "{plan}");
+    let manual = balanced("hotDocuments: {mode: Manual}");
+    let plan = look(&manual, &world.observed(), &mut Memory::default());
+    assert!(plan.to_string().contains("\nunpin hot\n"), "{plan}");
+}
+
+#[test]
+fn the_slot_of_a_pin_leaves_with_a_drain() {
+    let mut world = World::reached(&["Active", "Active", "Active"]);
+    world.pins = vec![("hot", 2)];
+    let text = nodes_only(&look(&dev(2), &world.observed(), &mut Memory::default()));
+    let place = text
+        .lines()
+        .find(|line| line.starts_with("place "))
+        .unwrap();
+    assert!(place.contains("256 slots, 86 to move"), "{text}");
+    assert!(
+        place.contains(", 256 of a pin demo-node-") && !place.ends_with('2'),
+        "{text}"
+    );
+}
+
+#[test]
+fn the_ring_alone_decides_where_the_spec_says_so() {
+    let cluster = balanced("policy: Ring");
+    let mut world = World::reached(&["Active", "Active", "Active"]);
+    world.slot_loads = vec![(0, 300), (3, 120), (6, 40), (1, 10)];
+    let plan = look(&cluster, &world.observed(), &mut Memory::default());
+    assert!(plan.moves.is_empty() && plan.balance.is_none());
+    insta::assert_snapshot!(nodes_only(&plan));
+}
+
+#[test]
+fn zones_are_told_once() {
+    let mut observed = World::of(&["Active", "Active", "Starting"]).observed();
+    for (pod, zone) in observed.pods.iter_mut().zip(["a", "b", "c"]) {
+        pod.zone = Some(zone.to_owned());
+    }
+    let told = |observed: &Observed| {
+        let plan = look(&dev(3), observed, &mut Memory::default());
+        let lines = plan
+            .actions
+            .iter()
+            .filter(|action| matches!(action, Action::TellZones(_)));
+        lines.map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&observed), ["tell zones: demo-node-0 a demo-node-1 b"]);
+    let report = observed.report.as_mut().unwrap();
+    for (member, zone) in report.members.iter_mut().zip(["a", "b"]) {
+        member.zone = zone.to_owned();
+    }
+    assert!(told(&observed).is_empty());
+}
+
 proptest::proptest! {
     /// Whatever state nodes are in and whatever is wanted: no slot is lost with a pod.
     #[test]
@@ -303,6 +488,15 @@ fn dev(replicas: i32) -> CollabCluster {
     cluster(&format!(
         "{{profile: Dev, placement: {{slots: 256}}, nodes: {{replicas: {replicas}}}}}"
     ))
+}
+
+/// As many nodes as there are, with this in `spec.placement`.
+fn balanced(placement: &str) -> CollabCluster {
+    let mut cluster = cluster(&format!(
+        "{{profile: Dev, placement: {{{placement}}}, nodes: {{replicas: 3}}}}"
+    ));
+    cluster.spec.placement.slots = 256;
+    cluster
 }
 
 fn look(cluster: &CollabCluster, observed: &Observed, memory: &mut Memory) -> Plan {
@@ -373,6 +567,8 @@ enum Owners {
     TheLive,
     /// Slots are with all members, dead ones too.
     AllThree,
+    /// Slots are with these.
+    Given(Vec<Option<u16>>),
 }
 
 /// Nodes by ordinal, each in a state: those of members, and Lost, Broken (never registered, does not
@@ -385,6 +581,16 @@ struct World {
     connections: u32,
     adoptions: u64,
     silent: bool,
+    /// The placement in force.
+    planned: Vec<Option<u16>>,
+    /// Documents with a slot of their own, and its owner.
+    pins: Vec<(&'static str, u16)>,
+    /// Points of slots.
+    slot_loads: Vec<(u16, u32)>,
+    /// Points of documents.
+    documents: Vec<(&'static str, u32)>,
+    /// So many nodes tell their load.
+    tell_loads: usize,
 }
 
 impl World {
@@ -397,7 +603,97 @@ impl World {
             connections: 0,
             adoptions: 0,
             silent: false,
+            planned: Vec::new(),
+            pins: Vec::new(),
+            slot_loads: Vec::new(),
+            documents: Vec::new(),
+            tell_loads: nodes.len(),
         }
+    }
+
+    /// Every slot is where the placement in force wants it.
+    fn reached(nodes: &[&'static str]) -> Self {
+        let count = u16::try_from(nodes.len()).unwrap();
+        let planned: Vec<_> = (0..256).map(|slot| Some(slot % count)).collect();
+        Self {
+            owners: Owners::Given(planned.clone()),
+            planned,
+            ..Self::of(nodes)
+        }
+    }
+
+    /// The nodes have done what the store accepted.
+    fn arrive(&mut self) {
+        if !self.planned.is_empty() {
+            self.owners = Owners::Given(self.planned.clone());
+        }
+    }
+
+    /// The store has accepted a plan.
+    fn accept(&mut self, plan: &Plan) {
+        for action in &plan.actions {
+            match action {
+                Action::Place(placement) => {
+                    self.planned = placement.slots.iter().copied().map(Some).collect();
+                    for (pin, place) in self.pins.iter_mut().zip(&placement.pins) {
+                        pin.1 = place.node;
+                    }
+                }
+                Action::Pin {
+                    document,
+                    pin: true,
+                } => {
+                    let known = ["hot", "minutes", "warm"];
+                    let document = known.into_iter().find(|known| *known == document.as_str());
+                    self.pins.push((document.unwrap(), 0));
+                    self.pins
+                        .sort_by_key(|(document, _)| *document != "minutes");
+                }
+                Action::Pin { document, .. } => {
+                    self.pins.retain(|(pinned, _)| *pinned != document.as_str());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Every node tells what the owners of slots have to do; all documents are told by the first.
+    fn loads(&self, report: &ClusterReport) -> Vec<NodeLoad> {
+        let activity = |points| Activity {
+            connections: points,
+            ..Activity::default()
+        };
+        let load = |index: u16, member: &MemberReport| {
+            let owns = |slot: &u16| {
+                let pinned = || report.pins.iter().find(|pin| pin.slot.0 == *slot)?.owner;
+                report
+                    .owners
+                    .get(usize::from(*slot))
+                    .copied()
+                    .unwrap_or_else(pinned)
+                    == Some(index)
+            };
+            let slots = self.slot_loads.iter().filter(|(slot, _)| owns(slot));
+            let documents = self.documents.iter().filter(|_| index == 0);
+            NodeLoad {
+                incarnation: member.incarnation,
+                slots: slots
+                    .map(|(slot, points)| SlotLoad {
+                        slot: Slot(*slot),
+                        documents: 1,
+                        activity: activity(*points),
+                    })
+                    .collect(),
+                documents: documents
+                    .map(|(document, points)| DocumentLoad {
+                        document: DocumentId::new(document).unwrap(),
+                        activity: activity(*points),
+                    })
+                    .collect(),
+            }
+        };
+        let members = (0..).zip(&report.members).take(self.tell_loads);
+        members.map(|(index, member)| load(index, member)).collect()
     }
 
     fn observed(&self) -> Observed {
@@ -419,6 +715,7 @@ impl World {
                 .map(|ordinal| self.pod(ordinal))
                 .collect(),
             credentials: credentials(true),
+            loads: self.loads(&self.report()),
             report: (!self.silent).then(|| self.report()),
             ..Observed::default()
         }
@@ -439,6 +736,7 @@ impl World {
             }
             .to_owned(),
             ends_at: (state == "Ending").then(now),
+            zone: None,
             lost_since: None,
             trouble: (state == "Broken").then(|| "ImagePullBackOff".to_owned()),
         }
@@ -473,22 +771,40 @@ impl World {
         let may_own: Vec<u16> = (0..)
             .zip(&members)
             .filter(|(_, member)| match self.owners {
-                Owners::Nobody => false,
+                Owners::Nobody | Owners::Given(_) => false,
                 Owners::TheLive => member.live && member.state != MemberState::Drained,
                 Owners::AllThree => true,
             })
             .map(|(index, _)| index)
             .collect();
-        let owners: Vec<Option<u16>> = (0..256)
-            .map(|slot| may_own.get(slot % may_own.len().max(1)).copied())
-            .collect();
-        for owner in owners.iter().flatten() {
+        let owners: Vec<Option<u16>> = match &self.owners {
+            Owners::Given(owners) => owners.clone(),
+            _ => (0..256)
+                .map(|slot| may_own.get(slot % may_own.len().max(1)).copied())
+                .collect(),
+        };
+        let pins = (256..)
+            .zip(&self.pins)
+            .map(|(slot, (document, owner))| PinReport {
+                document: DocumentId::new(document).unwrap(),
+                slot: Slot(slot),
+                owner: Some(*owner),
+                planned: Some(*owner),
+            });
+        let pins: Vec<_> = pins.collect();
+        for owner in owners
+            .iter()
+            .chain(pins.iter().map(|pin| &pin.owner))
+            .flatten()
+        {
             members[usize::from(*owner)].slots_owned += 1;
         }
         ClusterReport {
             slots: 256,
             members,
             owners,
+            pins,
+            planned: self.planned.clone(),
             adoptions: self.adoptions,
             store: StoreReport {
                 version: "15.18".to_owned(),
