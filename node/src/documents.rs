@@ -494,7 +494,8 @@ impl Host {
             let (is_here, preloaded) = futures::join!(is_here, preloaded);
             match is_here {
                 Ok(true) => {}
-                Ok(false) => return Err(End::Moved(ownership.epoch)),
+                // Epochs of another slot say nothing about this one.
+                Ok(false) => return Err(End::Moved(Epoch(0))),
                 Err(error) => {
                     self.store_failed(&error).await;
                     continue;
@@ -644,9 +645,17 @@ impl Host {
                 ToDocument::FromEdge(..) | ToDocument::Thaw | ToDocument::Release(_) => {}
             }
         }
+        let in_slot = self.documents.members.slot_of(&self.document);
         let (for_edges, for_questions) = match end {
             End::Moved(epoch) => (
-                ToEdge::Moved { epoch },
+                ToEdge::Moved {
+                    // Epochs of another slot say nothing about the one that the document is in now.
+                    epoch: if in_slot == self.slot {
+                        epoch
+                    } else {
+                        Epoch(0)
+                    },
+                },
                 AskError::Moved(self.document.clone()),
             ),
             // Only questions find nothing; an edge that came meanwhile attaches again and creates it.

@@ -143,7 +143,7 @@ impl Planner {
     /// Observes, plans and applies.
     async fn pass(&mut self, nodes: &Nodes) -> Result<Option<Balance>> {
         let loads = nodes.control_all("load").await?.into_iter();
-        let loads = loads.map(|(_, load)| serde_json::from_value(load));
+        let loads = loads.map(serde_json::from_value);
         let observed = Observed {
             report: Some(nodes.report().await?),
             loads: loads.collect::<Result<Vec<NodeLoad>, _>>()?,

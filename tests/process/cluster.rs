@@ -412,7 +412,7 @@ async fn nodes_tell_their_load_and_are_told_their_zones() -> Result<()> {
     let begun = Instant::now();
     loop {
         let mut slots = Vec::new();
-        for (_, load) in nodes.control_all("load").await? {
+        for load in nodes.control_all("load").await? {
             let load: NodeLoad = serde_json::from_value(load)?;
             slots.extend(load.slots);
         }

@@ -30,6 +30,8 @@ use crate::peers::RemoteChannel;
 
 /// Before an owner that did not answer, or is not one yet, is tried again.
 const RETRY: Duration = Duration::from_millis(50);
+/// A map that was read after this time knows what an owner knew.
+const MAP_OLD_AFTER: Duration = Duration::from_secs(1);
 /// Before a document that cannot be served is tried again.
 const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
 /// An update without structs and without deletes.
@@ -130,8 +132,9 @@ pub(super) struct Room {
     sockets: BTreeMap<ConnectionId, Socket>,
     upstream: Option<Upstream>,
     retry_at: Instant,
-    /// An owner of an earlier epoch is none any more, whatever the map still shows.
-    least_epoch: Epoch,
+    /// An owner of an earlier epoch is none any more, whatever the map still shows; for a while, since who said so may have
+    /// spoken of another slot of a document that was pinned.
+    least_epoch: (Epoch, Instant),
     /// What every synced socket has.
     delivered: StateVector,
     /// Edits that wait until the catch-up is here: without it they have holes before them.
@@ -233,7 +236,7 @@ impl Room {
             sockets: BTreeMap::new(),
             upstream: None,
             retry_at: Instant::now(),
-            least_epoch: Epoch(0),
+            least_epoch: (Epoch(0), Instant::now()),
             delivered: StateVector::default(),
             catching_up: None,
             denied: None,
@@ -279,7 +282,8 @@ impl Room {
         let Some(owner) = self.edge.members.map().owner(self.slot) else {
             return;
         };
-        if owner.epoch < self.least_epoch {
+        let (least_epoch, until) = self.least_epoch;
+        if owner.epoch < least_epoch && Instant::now() < until {
             self.edge.members.look_now();
             return;
         }
@@ -338,8 +342,11 @@ impl Room {
 
     fn map_changed(&mut self) {
         let slot = self.edge.members.slot_of(&self.document);
-        if std::mem::replace(&mut self.slot, slot) != slot && self.upstream.is_some() {
-            self.detach(Duration::ZERO);
+        if std::mem::replace(&mut self.slot, slot) != slot {
+            self.least_epoch = (Epoch(0), Instant::now());
+            if self.upstream.is_some() {
+                self.detach(Duration::ZERO);
+            }
         }
         let owner = self.edge.members.map().owner(self.slot);
         let moved = match (&self.upstream, &owner) {
@@ -412,7 +419,8 @@ impl Room {
                 self.with(connection, |socket| socket.kick(CLOSE_POLICY, &reason));
             }
             ToEdge::Moved { epoch } => {
-                self.least_epoch = self.least_epoch.max(epoch);
+                let (least_epoch, _) = self.least_epoch;
+                self.least_epoch = (least_epoch.max(epoch), Instant::now() + MAP_OLD_AFTER);
                 self.detach(RETRY);
             }
             // Answers a question of this node's handoffs, which have channels of their own.
