@@ -616,7 +616,7 @@ impl World {
         let url = format!("{}/api/v1/documents/deleted", self.urls[1]);
         let deleted = reqwest::Client::new()
             .delete(url)
-            .bearer_auth(token)
+            .bearer_auth(&token)
             .send()
             .await?;
         ensure!(deleted.status() == 204, "{deleted:?}");
@@ -624,6 +624,30 @@ impl World {
         for (family, client) in &clients {
             results.push((*family, self.is_told_of_its_end(*family, client).await));
         }
+        // Another life begins empty, whoever still has the old one open.
+        let url = format!("{}/api/v1/documents", self.urls[0]);
+        let created = reqwest::Client::new()
+            .post(url)
+            .bearer_auth(&token)
+            .json(&json!({"id": "deleted"}))
+            .send()
+            .await?;
+        ensure!(created.status() == 201, "{created:?}");
+        let newcomer = self
+            .opens(Family::YWebsocket3, "newcomer", "deleted")
+            .await?;
+        until(&newcomer, "it is in sync", |look| look.synced).await?;
+        newcomer.types("new;").await?;
+        sleep(Duration::from_secs(3)).await;
+        let look = newcomer.look().await?;
+        ensure!(look.text == "new;" && look.people.len() == 1, "{look:?}");
+        for ((family, client), (_, result)) in clients.iter().zip(&mut results) {
+            let look = client.look().await?;
+            if result.is_ok() && (look.text.contains("new;") || look.saved) {
+                *result = Err(anyhow::anyhow!("{}: it lives on: {look:?}", family.name()));
+            }
+        }
+        newcomer.close().await?;
         close_all(clients.into_iter().map(|(_, client)| client)).await?;
         Ok(results)
     }

@@ -34,6 +34,8 @@ const RETRY: Duration = Duration::from_millis(50);
 const MAP_OLD_AFTER: Duration = Duration::from_secs(1);
 /// Before a document that cannot be served is tried again.
 const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
+/// State vector of a client that has nothing.
+const NOTHING: [u8; 1] = [0];
 /// An update without structs and without deletes.
 pub(super) const NO_EDITS: [u8; 2] = [0, 0];
 /// Between two looks for quiet sockets, and for an empty room.
@@ -85,6 +87,20 @@ pub(super) enum FromSocket {
 }
 
 impl FromSocket {
+    fn connection(&self) -> ConnectionId {
+        match self {
+            Self::Join { connection, .. }
+            | Self::Admit { connection, .. }
+            | Self::Leave { connection }
+            | Self::Step1 { connection, .. }
+            | Self::Update { connection, .. }
+            | Self::Awareness { connection, .. }
+            | Self::QueryAwareness { connection }
+            | Self::Saved { connection, .. }
+            | Self::Stateless { connection, .. } => *connection,
+        }
+    }
+
     /// A client's message, sharing the memory of its frame; `None` for one that only servers send.
     pub(super) fn of(
         connection: ConnectionId,
@@ -141,6 +157,11 @@ pub(super) struct Room {
     catching_up: Option<Vec<(Option<ConnectionId>, Bytes)>>,
     /// Why the document is not served, if it is not.
     denied: Option<String>,
+    /// It was deleted, and has not begun another life.
+    deleted: bool,
+    /// Sockets of clients that have what was deleted. They stay denied: in another life of the document
+    /// they would bring it back.
+    outlived: BTreeMap<ConnectionId, Socket>,
     empty_since: Instant,
 }
 
@@ -240,6 +261,8 @@ impl Room {
             delivered: StateVector::default(),
             catching_up: None,
             denied: None,
+            deleted: false,
+            outlived: BTreeMap::new(),
             empty_since: Instant::now(),
         }
     }
@@ -267,7 +290,7 @@ impl Room {
                 () = sleep_until(retry_at), if self.upstream.is_none() => {}
                 _ = tick.tick() => {
                     self.keep_alive();
-                    let empty = self.sockets.is_empty() && TICK <= self.empty_since.elapsed();
+                    let empty = self.sockets.is_empty() && self.outlived.is_empty() && TICK <= self.empty_since.elapsed();
                     if empty && self.edge.leave_table(&self.document, self.id, &self.inputs) {
                         return;
                     }
@@ -367,6 +390,7 @@ impl Room {
     fn owner_says(&mut self, message: ToEdge) {
         match message {
             ToEdge::Attached { state_vector, .. } => {
+                self.deleted = false;
                 if self.denied.take().is_some() {
                     for socket in self.sockets.values_mut() {
                         let access = socket.visitor.access;
@@ -435,6 +459,12 @@ impl Room {
                 if cause != Unavailable::Store {
                     self.deny(reason);
                 }
+                if cause == Unavailable::Deleted {
+                    self.deleted = true;
+                    let has_content = |_: &ConnectionId, socket: &mut Socket| socket.has_content();
+                    self.outlived
+                        .extend(self.sockets.extract_if(.., has_content));
+                }
             }
         }
     }
@@ -484,6 +514,10 @@ impl Room {
     }
 
     fn socket_says(&mut self, input: FromSocket) {
+        if self.outlived.contains_key(&input.connection()) {
+            self.outlived_says(&input);
+            return;
+        }
         match input {
             FromSocket::Join {
                 connection,
@@ -525,6 +559,11 @@ impl Room {
                 self.with(connection, |socket| {
                     socket.begin(state_vector.clone(), changes);
                 });
+                if self.deleted && state_vector.as_ref() != NOTHING {
+                    // It was offline when the document was deleted.
+                    self.outlived.extend(self.sockets.remove_entry(&connection));
+                    return;
+                }
                 self.to_owner(ToOwner::Step1 {
                     connection,
                     state_vector,
@@ -568,6 +607,23 @@ impl Room {
                     });
                 }
             }
+        }
+    }
+
+    /// Such a client is kept alive, and told nothing.
+    fn outlived_says(&mut self, input: &FromSocket) {
+        let connection = input.connection();
+        let Some(socket) = self.outlived.get_mut(&connection) else {
+            return;
+        };
+        match input {
+            FromSocket::Leave { .. } => {
+                self.outlived.remove(&connection);
+                self.empty_since = Instant::now();
+            }
+            FromSocket::Update { .. } => socket.refuse_update(),
+            FromSocket::Saved { payload, .. } => socket.ask_receipt(payload.clone()),
+            _ => {}
         }
     }
 
@@ -627,7 +683,7 @@ impl Room {
     }
 
     fn keep_alive(&mut self) {
-        for socket in self.sockets.values_mut() {
+        for socket in self.sockets.values_mut().chain(self.outlived.values_mut()) {
             if KEEPALIVE_AFTER <= socket.last_out.elapsed() {
                 socket.tell(Told::Alive);
             }
@@ -656,6 +712,12 @@ impl Socket {
             awareness: None,
             last_out: Instant::now(),
         }
+    }
+
+    /// Whether its client has anything of the document.
+    fn has_content(&self) -> bool {
+        let step1 = self.step1.as_deref();
+        self.synced || step1.is_some_and(|state_vector| state_vector != NOTHING)
     }
 
     /// What an owner that does not know this socket is to be told.
