@@ -13,7 +13,7 @@ lint:
     cargo clippy --workspace --all-targets -- -D warnings
     npm --prefix node/web run check
 
-# Run tiers of tests: unit sim fuzz process browser e2e; all without one
+# Run tiers of tests: unit sim fuzz process drills browser e2e; all without one
 test *tiers:
     tests/run {{tiers}}
 
@@ -24,6 +24,11 @@ sim:
 # Feed hostile bytes to all that takes bytes, for this many seconds together
 fuzz seconds="60":
     COLLAB_FUZZ_SECONDS={{seconds}} tests/run fuzz
+
+# Hurt a cluster in every way there is, ending with a table: half an hour; words choose drills. Needs root
+drills *words:
+    cargo build --quiet --workspace --bins --tests
+    cargo test --quiet --workspace --test drills -- {{words}}
 
 # Run the scenarios on a real Kubernetes; words choose among them
 e2e *words:

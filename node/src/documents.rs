@@ -861,13 +861,19 @@ impl Owned {
             | Input::Step1 { peer, .. } => Some(*peer),
             _ => None,
         };
-        if let Ok(effects) = catch_unwind(AssertUnwindSafe(|| self.document.handle(input))) {
+        let handled = catch_unwind(AssertUnwindSafe(|| {
+            #[cfg(debug_assertions)]
+            panic_on_request(&input);
+            self.document.handle(input)
+        }));
+        if let Ok(effects) = handled {
             let reload = effects.contains(&Effect::Reload);
             for effect in effects {
                 self.perform(effect);
             }
             reload.then_some(End::Reload)
         } else {
+            self.documents.metrics.document_panics.inc();
             tracing::error!(document.id = %self.name, "an input made the document panic; it is loaded again");
             if let Some(peer) = culprit
                 && let Some(edge) = self.edges.get(&peer.edge)
@@ -1171,6 +1177,20 @@ async fn guarded<T: Send + 'static>(
     match tasks.compute(work).await {
         Ok(Ok(done)) => done.map_err(|error| error.to_string()),
         Ok(Err(_)) | Err(_) => Err("its rows make the CRDT library panic".to_owned()),
+    }
+}
+
+/// Makes a debug build panic on an update that holds the bytes of `COLLAB_PANIC_ON`, so that it can be seen what a
+/// panic ends. Not in release builds.
+#[cfg(debug_assertions)]
+fn panic_on_request(input: &Input) {
+    static BYTES: std::sync::LazyLock<Option<String>> =
+        std::sync::LazyLock::new(|| std::env::var("COLLAB_PANIC_ON").ok());
+    if let (Some(bytes), Input::Update { update, .. }) = (BYTES.as_deref(), input) {
+        let asked = update
+            .windows(bytes.len().max(1))
+            .any(|window| window == bytes.as_bytes());
+        assert!(!asked, "asked to panic");
     }
 }
 

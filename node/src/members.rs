@@ -704,6 +704,7 @@ impl Members {
     }
 
     async fn claim(&self, slots: &[Slot]) {
+        let begun = Instant::now();
         match self
             .store
             .claim(self.incarnation(), slots, Claim::Orphaned)
@@ -712,7 +713,8 @@ impl Members {
             Ok(taken) if taken.is_empty() => self.look_now(),
             Ok(taken) => {
                 self.metrics.adoptions.inc_by(taken.len() as u64);
-                tracing::info!(slots = taken.len(), "adopted slots");
+                let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+                tracing::info!(slots = taken.len(), duration_ms, "adopted slots");
                 self.note(&taken, self.incarnation());
             }
             Err(error) => tracing::warn!(%error, "cannot adopt slots"),

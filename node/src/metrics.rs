@@ -35,6 +35,8 @@ pub struct Metrics {
     pub updates_refused: IntCounterVec,
     /// Updates whose append was refused because the slot has a new owner.
     pub updates_fenced: IntCounter,
+    /// Times that an input made a document panic.
+    pub document_panics: IntCounter,
     /// Frames put on client sockets.
     pub deliveries: IntCounter,
     /// From an update's arrival at this edge to its receipt.
@@ -127,6 +129,10 @@ impl Metrics {
             updates_fenced: counter(
                 "collab_updates_fenced_total",
                 "Updates whose append was refused because the slot has a new owner.",
+            ),
+            document_panics: counter(
+                "collab_document_panics_total",
+                "Times that an input made a document panic; it was loaded again.",
             ),
             deliveries: counter("collab_deliveries_total", "Frames put on client sockets."),
             ack_seconds: histogram(

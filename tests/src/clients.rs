@@ -373,6 +373,14 @@ pub struct Replayed {
 /// # Errors
 /// As [`Script::start`].
 pub fn idle(reading: &Reading<'_>, count: usize) -> Result<Follower<usize>> {
+    idle_on(&Host::local(), reading, count)
+}
+
+/// Like [`idle`], on a host.
+///
+/// # Errors
+/// As there.
+pub fn idle_on(host: &Host, reading: &Reading<'_>, count: usize) -> Result<Follower<usize>> {
     #[derive(Serialize)]
     struct Options<'a> {
         #[serde(flatten)]
@@ -383,6 +391,6 @@ pub fn idle(reading: &Reading<'_>, count: usize) -> Result<Follower<usize>> {
     struct Connected {
         count: usize,
     }
-    let script = Script::start("idle", &Options { reading, count })?;
+    let script = Script::start_on(host, "idle", &Options { reading, count })?;
     Ok(script.follow(0, |connected, Connected { count }| *connected = count))
 }
