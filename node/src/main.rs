@@ -2,7 +2,11 @@
 
 use clap::Parser;
 use collab_node::config::{Flags, LogFormat};
-use tracing_subscriber::EnvFilter;
+use collab_node::store::postgres::Warnings;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
 
 fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
@@ -19,11 +23,14 @@ fn main() -> anyhow::Result<()> {
 
 fn start_log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
-    }
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let log = match format {
+        LogFormat::Text => log.boxed(),
+        LogFormat::Json => log.json().boxed(),
+    };
+    // Whatever people want to read, the store hears all that servers warn of.
+    tracing_subscriber::registry()
+        .with(log.with_filter(filter))
+        .with(Warnings.with_filter(LevelFilter::WARN))
+        .init();
 }

@@ -166,18 +166,22 @@ pub(crate) async fn slow_reader(world: &mut World) -> Result<()> {
         .await?;
     world.expect.silence = Some(seconds(4));
     world.fault(None).await?;
+    sleep(seconds(2)).await;
+    let open = connections(world).await?;
     let before = resident(world, VICTIM);
     let writing = hostile::script(world, "bulk", &url, "bulk");
     let reading = async {
         let begun = Instant::now();
         let mut byte = [0];
-        loop {
-            match tokio::time::timeout(seconds(1), stream.read(&mut byte)).await {
-                Ok(Ok(0) | Err(_)) => return Some(begun.elapsed()),
-                _ if seconds(90) < begun.elapsed() => return None,
-                _ => sleep(seconds(1)).await,
+        while begun.elapsed() < seconds(90) {
+            let _ = tokio::time::timeout(millis(500), stream.read(&mut byte)).await;
+            // The socket of `bulk` comes on top while it writes.
+            if connections(world).await.is_ok_and(|now| now < open) {
+                return Some(begun.elapsed());
             }
+            sleep(millis(500)).await;
         }
+        None
     };
     let (wrote, closed) = tokio::join!(writing, reading);
     let grown = resident(world, VICTIM).saturating_sub(before) >> 20;

@@ -87,6 +87,12 @@ impl Plan {
         }
     }
 
+    /// Nobody goes offline by itself.
+    pub(crate) const fn without_spells(mut self) -> Self {
+        self.spells = 0.0;
+        self
+    }
+
     pub(crate) const fn with_store_proxies(mut self) -> Self {
         self.store_proxies = true;
         self

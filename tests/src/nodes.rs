@@ -165,6 +165,7 @@ impl Nodes {
                 &format!("uid-of-{}", node.name),
             ])
             .env("COLLAB_CONTROL_TOKEN", CONTROL_TOKEN)
+            .env("NO_COLOR", "1")
             .envs(launch.environment.iter().cloned())
             .stdout(log.try_clone()?)
             .stderr(log);

@@ -8,7 +8,8 @@
 //! A statement that writes is never cancelled. Postgres answers a cancelled wait for its synchronous
 //! standby with success and a warning (01000) that the driver only logs. So write sessions have no
 //! `statement_timeout`; a call that takes too long is given up here, its session is closed, and its
-//! outcome is unknown.
+//! outcome is unknown. What an administrator cancels all the same is unknown, too: [`Warnings`] hears of it,
+//! and saying the statement again waits for the standby again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
@@ -125,6 +126,25 @@ struct Hints {
     members: Notify,
 }
 
+/// Warnings of servers that this process has heard of.
+static WARNINGS: AtomicU64 = AtomicU64::new(0);
+
+/// Hears the warnings of servers, which the driver tells the log and nobody else. Without this part of the log a cancelled wait
+/// for the standby passes for a commit.
+#[derive(Debug)]
+pub struct Warnings;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Warnings {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        let metadata = event.metadata();
+        if metadata.target() == "sqlx::postgres::notice"
+            && *metadata.level() <= tracing::Level::WARN
+        {
+            WARNINGS.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+}
+
 /// What all sessions share.
 #[derive(Debug)]
 struct Sessions {
@@ -218,12 +238,28 @@ impl Postgres {
             .ok_or_else(|| self.failed(sqlx::Error::RowNotFound))
     }
 
+    /// Runs one statement that writes. A warning means that its rows may be on this server alone.
+    async fn run_durably(
+        &self,
+        query: Query<'_, sqlx::Postgres, PgArguments>,
+    ) -> Result<PgRow, StoreError> {
+        let warnings = WARNINGS.load(Ordering::Acquire);
+        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        if warnings == WARNINGS.load(Ordering::Acquire) {
+            return Ok(row);
+        }
+        let reason = "the server warned: it is not known whether the standby has the commit";
+        Err(StoreError::Unavailable(sqlx::Error::Protocol(
+            reason.to_owned(),
+        )))
+    }
+
     /// Runs one fenced statement, which answers whether the slot was held.
     async fn run_fenced(
         &self,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<Fence, StoreError> {
-        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        let row = self.run_durably(query).await?;
         Ok(if get(&row, 0)? {
             Fence::Held
         } else {
@@ -488,7 +524,7 @@ impl Store for Postgres {
                     .map(|append| append.author.replace('\0', ""))
                     .collect::<Vec<_>>(),
             );
-        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        let row = self.run_durably(query).await?;
         let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
         let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
         let seqs: Vec<i64> = get::<Option<_>>(&row, 2)?.unwrap_or_default();
@@ -609,7 +645,7 @@ impl Store for Postgres {
         .bind(ownership.incarnation)
         .bind(document.as_str())
         .bind(recreate == Recreate::Allowed);
-        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        let row = self.run_durably(query).await?;
         Ok(match (get(&row, 0)?, get::<Option<i64>>(&row, 1)?) {
             (false, _) => Created::Fenced,
             (true, None) => Created::Exists,
