@@ -7,7 +7,9 @@
  * - `bulk`: writes 64 MiB, and tells how long that took
  * - `many`: opens documents of 1 MiB each until one is refused, a hundred at most
  */
+import { once } from 'node:events'
 import * as encoding from 'lib0/encoding'
+import WebSocket from 'ws'
 import * as Y from 'yjs'
 import { Client, leave, now, options, print, sleep, until } from './client.mjs'
 
@@ -39,22 +41,27 @@ const modes = {
     return { saved, ms: Math.round(now() - begun) }
   },
   async flood () {
+    // A socket of its own, which answers nothing: a provider would send its whole state each time it is asked.
+    const ws = new WebSocket(node.replace(/^http/, 'ws') + '/ws/' + encodeURIComponent(document))
     const closes = []
-    const client = await open(document, event => event.kind === 'close' && closes.push(event.code))
+    ws.on('close', code => closes.push(code))
+    await once(ws, 'open')
     const begun = now()
     let sent = 0
     for (; sent < 20_000 && closes.length === 0; sent++) {
-      const doc = new Y.Doc()
-      const updates = []
-      doc.on('update', update => updates.push(update))
-      doc.getText('quill').insert(0, 'a')
-      doc.getText('quill').insert(1, 'b')
-      client.provider.ws?.send(frameOf(updates[1]))
+      // One letter of a client of its own, after one that nobody has.
+      ws.send(frameOf(encoding.encode(encoder => {
+        for (const number of [1, 1, 1_000 + sent, 1]) encoding.writeVarUint(encoder, number)
+        encoding.writeUint8(encoder, 0x84)
+        for (const number of [1_000 + sent, 0]) encoding.writeVarUint(encoder, number)
+        encoding.writeVarString(encoder, 'b')
+        encoding.writeVarUint(encoder, 0)
+      })))
       if (sent % 100 === 0) await sleep(1)
     }
+    await until(() => ws.bufferedAmount === 0 || closes.length > 0, SOON)
     const ms = Math.round(now() - begun)
-    client.text.insert(0, '')
-    await until(() => client.provider.ws?.bufferedAmount === 0, SOON)
+    ws.close()
     return { sent, ms, closes }
   },
   async replay () {
