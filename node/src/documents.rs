@@ -167,6 +167,8 @@ struct Open {
     frozen: BTreeSet<Slot>,
     /// Documents of this node's slots that were found damaged.
     degraded: BTreeSet<DocumentId>,
+    /// The states of documents under which the database failed over: it may have lost what they hold.
+    rescued: BTreeMap<DocumentId, Bytes>,
 }
 
 struct Entry {
@@ -471,11 +473,29 @@ enum End {
 
 impl Host {
     async fn run(mut self, missing: Missing) {
+        let (documents, name) = (self.documents.clone(), self.document.clone());
         let end = match self.open(missing).await {
-            Ok(owned) => owned.serve(&mut self.inputs).await,
-            Err(end) => (end, BTreeMap::new()),
+            Ok(mut owned) => {
+                let rescued = documents.open().rescued.remove(&name);
+                let state = rescued.map(|state| Input::Restore { state });
+                match state.and_then(|state| owned.handle(state)) {
+                    Some(end) => (end, BTreeMap::new()),
+                    None => owned.serve(&mut self.inputs).await,
+                }
+            }
+            Err(end) => {
+                // Whoever owns it now gets the rest from the clients.
+                if !documents.store.failovers().is_pending() {
+                    documents.open().rescued.remove(&name);
+                }
+                (end, BTreeMap::new())
+            }
         };
         self.finish(end.0, end.1);
+        let mut open = documents.open();
+        if open.rescued.contains_key(&name) {
+            documents.task_of(&mut open, &name, Missing::Create);
+        }
     }
 
     /// Waits to be the owner, loads, and creates the document if it is to be.
@@ -570,6 +590,7 @@ impl Host {
             id: self.id,
             counts: self.counts.clone(),
             ownership,
+            failovers: self.documents.store.failovers().seen,
             room_epoch,
             document,
             edges: BTreeMap::new(),
@@ -589,7 +610,9 @@ impl Host {
             loop {
                 map.get();
                 let frozen = self.documents.open().frozen.contains(&self.slot);
-                if let Some(ownership) = members.ownership(self.slot).filter(|_| !frozen) {
+                // After a failover of the database ownership counts once it is taken back.
+                let wait = frozen || self.documents.store.failovers().is_pending();
+                if let Some(ownership) = members.ownership(self.slot).filter(|_| !wait) {
                     return ownership;
                 }
                 members.look_now();
@@ -698,6 +721,8 @@ struct Owned {
     id: u64,
     counts: Arc<Counts>,
     ownership: Ownership,
+    /// Failovers of the database when it was opened.
+    failovers: u64,
     room_epoch: RoomEpoch,
     document: Document,
     edges: BTreeMap<EdgeId, EdgeSender>,
@@ -754,7 +779,20 @@ impl Owned {
                 break end;
             }
         };
+        self.rescue(&end);
         (end, std::mem::take(&mut self.edges))
+    }
+
+    /// Keeps the state for the next opening if the database may have lost some of it.
+    fn rescue(&self, end: &End) {
+        let failed_over = self.failovers != self.documents.store.failovers().seen;
+        if failed_over && matches!(end, End::Moved(_) | End::Reload) {
+            let state = catch_unwind(AssertUnwindSafe(|| self.document.encode_state()));
+            if let Ok(state) = state {
+                let mut open = self.documents.open();
+                open.rescued.insert(self.name.clone(), state);
+            }
+        }
     }
 
     fn take(&mut self, message: ToDocument) -> Option<End> {
@@ -960,6 +998,13 @@ impl Owned {
             LogEvent::Conflict => {
                 tracing::error!(document.id = %self.name, "the log holds other bytes than memory; the document is loaded again");
                 Some(End::Reload)
+            }
+            LogEvent::Refused => {
+                self.documents.set_degraded(|degraded| {
+                    degraded.insert(self.name.clone());
+                });
+                let reason = "the store does not take what was written to it".to_owned();
+                Some(End::Unavailable(Unavailable::Degraded, reason))
             }
         }
     }

@@ -4,7 +4,7 @@
 //! next batch. At most two batches are in flight, never two that share a slot: a slot whose last
 //! batch is unresolved waits, so that positions enter the log in order and a claim never waits for
 //! more than one statement. A batch whose outcome is not known is resolved before anything else of
-//! its slots.
+//! its slots. An append that the store refuses for ever ends its document and holds up nothing else.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::members::Members;
 use crate::metrics::Metrics;
-use crate::store::{Append, Ownership, Store};
+use crate::store::{Append, Ownership, Store, StoreError};
 use crate::tasks::Tasks;
 
 /// Between two tries to resolve a batch whose outcome is not known.
@@ -35,6 +35,8 @@ pub enum LogEvent {
     Fenced,
     /// The position holds other bytes: what is in memory is wrong, load again.
     Conflict,
+    /// The store will never take it: the document cannot go on.
+    Refused,
 }
 
 /// Hands appends to the group commit.
@@ -84,12 +86,17 @@ struct Writer {
 async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
     let mut waiting = VecDeque::<Queued>::new();
     let mut busy = BTreeSet::<Slot>::new();
-    let mut flights = FuturesUnordered::<JoinHandle<BTreeSet<Slot>>>::new();
+    let mut flights = FuturesUnordered::<JoinHandle<Landed>>::new();
+    // Documents whose log has a hole in this process: what they queued after it must not be written.
+    let mut ended = Vec::<mpsc::UnboundedSender<LogEvent>>::new();
     loop {
         tokio::select! {
             biased;
             Some(landed) = flights.next() => match landed {
-                Ok(slots) => busy.retain(|slot| !slots.contains(slot)),
+                Ok(landed) => {
+                    busy.retain(|slot| !landed.slots.contains(slot));
+                    ended.extend(landed.ended);
+                }
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },
             next = queued.recv() => {
@@ -100,6 +107,11 @@ async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
                 }
             }
         }
+        ended.retain(|reply| !reply.is_closed());
+        waiting.retain(|queued| {
+            let ended = ended.iter().any(|reply| reply.same_channel(&queued.reply));
+            !ended && !queued.reply.is_closed()
+        });
         while flights.len() < BATCHES_IN_FLIGHT_MAX {
             let batch = take_batch(&mut waiting, &busy);
             if batch.is_empty() {
@@ -112,11 +124,18 @@ async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
             busy.extend(&slots);
             let flying = writer.clone();
             flights.push(writer.tasks.spawn(async move {
-                flying.commit(batch).await;
-                slots
+                let ended = flying.commit(batch).await;
+                Landed { slots, ended }
             }));
         }
     }
+}
+
+/// A batch that came to its end.
+struct Landed {
+    slots: BTreeSet<Slot>,
+    /// Documents that cannot go on.
+    ended: Vec<mpsc::UnboundedSender<LogEvent>>,
 }
 
 /// Takes what may go now, in order: nothing of a slot that is in flight, one epoch per slot (the fence
@@ -148,8 +167,8 @@ fn take_batch(waiting: &mut VecDeque<Queued>, busy: &BTreeSet<Slot>) -> Vec<Queu
 }
 
 impl Writer {
-    /// Brings a batch to a known end and tells its documents.
-    async fn commit(&self, batch: Vec<Queued>) {
+    /// Brings a batch to a known end, tells its documents, and answers those that cannot go on.
+    async fn commit(&self, batch: Vec<Queued>) -> Vec<mpsc::UnboundedSender<LogEvent>> {
         self.metrics
             .append_batch_updates
             .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
@@ -174,7 +193,11 @@ impl Writer {
                 }
             }
         }
+        let mut ended = Vec::new();
         for (document, (event, reply)) in events {
+            if matches!(event, LogEvent::Conflict | LogEvent::Refused) {
+                ended.push(reply.clone());
+            }
             if event == LogEvent::Fenced {
                 self.members.look_now();
                 tracing::info!(document.id = %document, "append refused: the slot has a new owner");
@@ -182,6 +205,7 @@ impl Writer {
             // A document that was let go meanwhile needs no answer.
             let _ = reply.send(event);
         }
+        ended
     }
 
     /// Appends until every outcome is known. The statement is keyed by document and position, so that
@@ -192,6 +216,13 @@ impl Writer {
             if self.members.lease_held() {
                 match self.try_once(appends).await {
                     Ok(outcomes) => return outcomes,
+                    Err(StoreError::Unusable(reason)) => match appends {
+                        [append] => {
+                            tracing::error!(document.id = %append.document, seq = %append.seq, reason, "the store refuses an append for ever");
+                            return vec![Outcome::Refused];
+                        }
+                        _ => return self.resolve_each(appends).await,
+                    },
                     Err(error) => {
                         self.metrics.store_up.set(0);
                         tracing::warn!(%error, updates = appends.len(), "an append has no known outcome; asking again");
@@ -202,7 +233,26 @@ impl Writer {
         }
     }
 
-    async fn try_once(&self, appends: &[Append]) -> Result<Vec<Outcome>, crate::store::StoreError> {
+    /// Finds out which append of a batch is refused for ever: the documents of the others go on.
+    async fn resolve_each(&self, appends: &[Append]) -> Vec<Outcome> {
+        let mut ended = BTreeMap::<&DocumentId, Outcome>::new();
+        let mut outcomes = Vec::with_capacity(appends.len());
+        for append in appends {
+            let outcome = if let Some(earlier) = ended.get(&append.document) {
+                *earlier
+            } else {
+                let alone = Box::pin(self.resolve(std::slice::from_ref(append))).await;
+                alone.first().copied().unwrap_or(Outcome::Refused)
+            };
+            if outcome != Outcome::Committed {
+                ended.insert(&append.document, outcome);
+            }
+            outcomes.push(outcome);
+        }
+        outcomes
+    }
+
+    async fn try_once(&self, appends: &[Append]) -> Result<Vec<Outcome>, StoreError> {
         let done = self.store.append(appends).await?;
         let held: BTreeSet<Slot> = done.held.into_iter().collect();
         let inserted: BTreeSet<(DocumentId, Seq)> = done.inserted.into_iter().collect();
@@ -249,6 +299,7 @@ enum Outcome {
     Committed,
     Fenced,
     Conflict,
+    Refused,
 }
 
 impl Outcome {
@@ -257,6 +308,7 @@ impl Outcome {
             Self::Committed => LogEvent::Committed(seq),
             Self::Fenced => LogEvent::Fenced,
             Self::Conflict => LogEvent::Conflict,
+            Self::Refused => LogEvent::Refused,
         }
     }
 }

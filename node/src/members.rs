@@ -17,8 +17,8 @@ use std::time::Duration;
 use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, Slot};
 use collab_core::limits::{
-    ADOPT_AFTER_STEADY, ADOPTION_STAGGER, EARLY_FENCE_AGE, EARLY_FENCE_EVERY, LEASE,
-    LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
+    ADOPT_AFTER_FAILOVER, ADOPT_AFTER_STEADY, ADOPTION_STAGGER, EARLY_FENCE_AGE, EARLY_FENCE_EVERY,
+    LEASE, LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
 };
 use collab_core::ring::{Ring, RingNode, plan_placement, slot_of};
 use sha2::{Digest, Sha256};
@@ -279,6 +279,15 @@ impl Map {
     }
 }
 
+/// Which rows of the map replace what is known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// Those of a higher epoch: a late answer must not undo what a claim of our own already showed.
+    Newer,
+    /// All: the database has failed over, and epochs may have gone back.
+    AsTheyAre,
+}
+
 /// The lease of this node.
 #[derive(Debug, Default)]
 struct Lease {
@@ -286,6 +295,8 @@ struct Lease {
     renewed: Option<Instant>,
     /// Since when renewals have succeeded without a gap.
     steady_since: Option<Instant>,
+    /// When the database was last seen to have failed over.
+    failed_over: Option<Instant>,
     /// When this node ended the lease of another.
     judged: Option<Instant>,
 }
@@ -593,6 +604,17 @@ impl Members {
         }
         let mut horizon = 0;
         loop {
+            // The rows of a new primary may be older than what is known here: then they count as they are.
+            let trust = if self.store.failovers().is_pending() {
+                if !self.take_back().await {
+                    sleep(MAP_POLL_EVERY).await;
+                    continue;
+                }
+                horizon = 0;
+                Trust::AsTheyAre
+            } else {
+                Trust::Newer
+            };
             match self.store.map(horizon).await {
                 Ok(change) => {
                     horizon = change.horizon;
@@ -613,8 +635,9 @@ impl Members {
                                 });
                                 map.owners.extend(unowned);
                             }
-                            // A late answer must not undo what a claim of our own already showed.
-                            if map.owners[index].epoch <= row.epoch && map.owners[index] != row {
+                            let counts =
+                                trust == Trust::AsTheyAre || map.owners[index].epoch <= row.epoch;
+                            if counts && map.owners[index] != row {
                                 map.owners[index] = row;
                                 changed = true;
                             }
@@ -637,6 +660,27 @@ impl Members {
                 () = sleep(MAP_POLL_EVERY) => {}
                 () = self.look_now.notified() => {}
                 () = self.store.map_changed() => {}
+            }
+        }
+    }
+
+    /// After a failover of the database: takes back what this node owned as far as it knows. Answers whether that is done.
+    async fn take_back(&self) -> bool {
+        self.lease().failed_over = Some(Instant::now());
+        let held = self.owned();
+        match self.store.reclaim(self.incarnation(), &held).await {
+            Ok(taken) => {
+                tracing::warn!(
+                    owned = held.len(),
+                    slots = taken.len(),
+                    "took slots back after a failover of the database"
+                );
+                self.note(&taken, self.incarnation());
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot take slots back yet after a failover of the database");
+                false
             }
         }
     }
@@ -724,10 +768,15 @@ impl Members {
     /// A node that was cut off itself must not adopt as soon as the store answers again.
     fn may_adopt(&self) -> bool {
         let lease = self.lease();
+        let settled = !self.store.failovers().is_pending()
+            && lease
+                .failed_over
+                .is_none_or(|failed_over| ADOPT_AFTER_FAILOVER <= failed_over.elapsed());
         let steady = lease
             .steady_since
             .is_some_and(|since| self.alone || ADOPT_AFTER_STEADY <= since.elapsed());
-        steady
+        settled
+            && steady
             && lease
                 .renewed
                 .is_some_and(|renewed| renewed.elapsed() < STOP_OWNING_AFTER)

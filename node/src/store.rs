@@ -243,6 +243,22 @@ pub struct SlotRow {
     pub epoch: Epoch,
 }
 
+/// Failovers of the database, as the sessions of this process saw them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Failovers {
+    /// How many there were.
+    pub seen: u64,
+    /// After how many of them [`Store::reclaim`] was called.
+    pub reclaimed: u64,
+}
+
+impl Failovers {
+    /// What this process knows of the slots may be newer than what the database knows.
+    pub const fn is_pending(self) -> bool {
+        self.reclaimed < self.seen
+    }
+}
+
 /// Slots that changed.
 #[derive(Clone, Debug, Default)]
 pub struct MapChange {
@@ -449,6 +465,20 @@ pub trait Store: Send + Sync + 'static {
         slots: &[Slot],
         claim: Claim,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError>;
+
+    /// Takes the slots back that this incarnation owned before the database failed over, under epochs above those it held
+    /// them with and above those that the new primary knows: unless somebody holds a newer one. Answers what was taken.
+    ///
+    /// Between a failover and this call nothing is appended ([`StoreError::Unavailable`]): the log of the new primary may
+    /// end before positions that were assigned already, and would get a hole.
+    async fn reclaim(
+        &self,
+        incarnation: Uuid,
+        held: &[Ownership],
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError>;
+
+    /// Failovers so far.
+    fn failovers(&self) -> Failovers;
 
     /// Hands slots from their owner to another live member: raises their epochs; returns those that moved.
     async fn hand_off(

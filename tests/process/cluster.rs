@@ -1,5 +1,6 @@
 //! Three nodes, real Postgres and Redis, stock clients: what was acknowledged is there, whatever ends.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +12,8 @@ use collab_tests::checker;
 use collab_tests::clients::typist::{Ledger, Typing};
 use collab_tests::clients::{Reading, Replay, now_ms};
 use collab_tests::nodes::Nodes;
-use collab_tests::postgres::Postgres;
+use collab_tests::postgres::{Postgres, Setup};
+use collab_tests::proxy::Proxy;
 use collab_tests::redis::Redis;
 use reqwest::Method;
 use serde_json::json;
@@ -292,6 +294,111 @@ async fn acknowledgements_wait_for_postgres_and_redis_does_not_matter() -> Resul
     );
     ensure!(silence.longest < LIVENESS, "{silence:?}");
     ensure!(closes == 0, "sockets were closed {closes} times");
+    everything_acknowledged_is_there(&nodes, &ledger, &names).await
+}
+
+/// The database loses its last seconds in a failover, when nobody but the owners still has them: what was acknowledged then is
+/// written again from their memory, under epochs above those that were lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_lagging_standby_lost_is_written_again_by_the_owners() -> Result<()> {
+    let mut primary = Postgres::start().await;
+    let proxy = Proxy::start([127, 0, 0, 1].into(), primary.address()).await?;
+    let mut nodes = Nodes::start(3, &Postgres::url_at(proxy.address()), "none").await?;
+    let names = documents(12);
+    let typists = Typing::new(nodes.urls(), names.clone(), 6).start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+
+    let standby = primary.standby("standby", Setup::default()).await;
+    let mut behind = standby.session().await?;
+    for statement in [
+        "alter system set primary_conninfo = ''",
+        "select pg_reload_conf()",
+    ] {
+        sqlx::query(statement).execute(&mut behind).await?;
+    }
+    let before = typists.with(Ledger::acked);
+    // Slots change hands in what is lost, too.
+    nodes.stop(2).await?;
+    nodes.balanced(2).await?;
+    typists
+        .until(Duration::from_mins(1), |ledger| {
+            before + ACKED_MIN <= ledger.acked()
+        })
+        .await?;
+    let ledger = typists.stop().await?;
+    let lost = ledger.acked() - before;
+
+    primary.kill()?;
+    standby.promote().await?;
+    proxy.retarget(standby.address());
+    let failed_over = now_ms();
+    nodes
+        .until("the nodes see the failover", |report| {
+            report.store.timeline == "00000002"
+        })
+        .await?;
+    nodes.run(2)?;
+    nodes.balanced(3).await?;
+    sleep(Duration::from_secs(2)).await;
+    println!(
+        "the database lost about {lost} of {} acked edits; healed and balanced within {:.0} ms",
+        ledger.acked(),
+        now_ms() - failed_over
+    );
+    // Nothing is left in memory that could stand for what is not in the log.
+    for number in 0..3 {
+        nodes.kill(number)?;
+    }
+    for number in 0..3 {
+        nodes.run(number)?;
+    }
+    nodes.balanced(3).await?;
+    everything_acknowledged_is_there(&nodes, &ledger, &names).await
+}
+
+/// The store refuses the updates of one document for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_that_the_store_refuses_stops_alone() -> Result<()> {
+    let postgres = Postgres::shared().await;
+    let database = postgres.database().await;
+    let nodes = Nodes::start(2, &database, "none").await?;
+    let names = documents(8);
+    let typists = Typing::new(nodes.urls(), names.clone(), 7).start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+
+    let mut connection = PgConnection::connect(&database).await?;
+    let statement =
+        "alter table update_log add constraint refused check (document <> 'notes/3') not valid";
+    sqlx::query(statement).execute(&mut connection).await?;
+    let refused = now_ms();
+    let acked = typists.with(Ledger::acked);
+    typists
+        .until(Duration::from_mins(1), |ledger| {
+            acked + 2 * ACKED_MIN <= ledger.acked()
+        })
+        .await?;
+    let next = typists.with(|ledger| {
+        let next = ledger.next_ack(refused + 500.0, |_, _| true);
+        let next = next.into_iter();
+        next.map(|(document, after)| (document.to_owned(), after))
+            .collect::<BTreeMap<_, _>>()
+    });
+    for (document, after) in &next {
+        let wanted = document != "notes/3";
+        ensure!(after.is_some() == wanted, "{document}: {after:?}");
+    }
+    sqlx::query("alter table update_log drop constraint refused")
+        .execute(&mut connection)
+        .await?;
+    let ledger = typists.stop().await?;
+    println!(
+        "the store refused one document: {} acked edits, receipts of the others went on: {next:?}",
+        ledger.acked()
+    );
     everything_acknowledged_is_there(&nodes, &ledger, &names).await
 }
 

@@ -116,6 +116,12 @@ pub enum Input {
         /// The clock of [`Input::Awareness`].
         now: Duration,
     },
+    /// What an earlier memory of this document held when the store lost its last moments: whatever of it is missing here
+    /// is written again.
+    Restore {
+        /// V1 update of that whole state.
+        state: Bytes,
+    },
     /// Every update up to this position is durable.
     Committed {
         /// The position.
@@ -292,6 +298,7 @@ impl Document {
             Input::Awareness { peer, payload, now } => self.awareness(peer, &payload, now),
             Input::QueryAwareness { peer } => self.presence_for(peer).into_iter().collect(),
             Input::Expire { now } => self.expire(now),
+            Input::Restore { state } => self.restore(&state),
             Input::Committed { seq } => self.committed(seq),
         }
     }
@@ -434,7 +441,7 @@ impl Document {
                 if let Some(socket) = self.sockets.get_mut(&peer) {
                     socket.stuck = false;
                 }
-                let mut effects = self.added(peer, update, author);
+                let mut effects = self.added(Some(peer), update, author);
                 effects.extend(self.receipt(peer, number));
                 effects.extend(self.ask_the_stuck());
                 effects
@@ -456,7 +463,7 @@ impl Document {
                         if let Some(part) = self.admissible(&update)
                             && let Admission::Added = self.admit(&part)
                         {
-                            effects.extend(self.added(peer, part, author));
+                            effects.extend(self.added(Some(peer), part, author));
                             effects.extend(self.ask_the_stuck());
                         }
                         effects.extend(self.receipt(peer, number));
@@ -585,11 +592,11 @@ impl Document {
     }
 
     /// Gives an update that was applied its position in the log.
-    fn added(&mut self, peer: Peer, update: Bytes, author: String) -> Vec<Effect> {
+    fn added(&mut self, from: Option<Peer>, update: Bytes, author: String) -> Vec<Effect> {
         self.assigned = self.assigned.next();
         let seq = self.assigned;
         let fan_out = Effect::FanOut {
-            from: Some(peer),
+            from,
             update: update.clone(),
         };
         vec![
@@ -600,6 +607,29 @@ impl Document {
                 author,
             },
         ]
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Vec<Effect> {
+        let earlier = new_doc();
+        let applied = Update::decode_v1(state)
+            .ok()
+            .and_then(|state| earlier.transact_mut().apply_update(state).ok());
+        let known = self.doc.transact().state_vector();
+        let update: Bytes = earlier.transact().encode_state_as_update_v1(&known).into();
+        if applied.is_none() {
+            return vec![Effect::NotAdmitted { reason: "invalid" }];
+        }
+        match self.admit(&update) {
+            Admission::Added => {
+                let mut effects = self.added(None, update, String::new());
+                effects.extend(self.ask_the_stuck());
+                effects
+            }
+            Admission::NothingNew => Vec::new(),
+            Admission::Gap | Admission::Broken(_) | Admission::Invalid(_) => {
+                vec![Effect::NotAdmitted { reason: "invalid" }]
+            }
+        }
     }
 
     /// Applies an update if all it refers to is here and it fits.
@@ -1125,6 +1155,32 @@ mod tests {
             late.resume(Epoch(7), &rows[2..]).is_err(),
             "a row is missing"
         );
+    }
+
+    #[test]
+    fn what_the_store_lost_is_written_again_from_memory() {
+        let mut typist = Typist::new(1);
+        let rows: Vec<(Seq, Bytes)> = (1..=3).map(|seq| (Seq(seq), typist.types("a"))).collect();
+        let memory = Document::open(Epoch(4), None, &rows, Seq(3)).unwrap();
+        let state = memory.encode_state();
+        let mut stored = Document::open(Epoch(5), None, &rows[..1], Seq(1)).unwrap();
+        let effects = stored.handle(Input::Restore {
+            state: state.clone(),
+        });
+        let [
+            Effect::FanOut { from: None, .. },
+            Effect::Append {
+                seq: Seq(2),
+                update,
+                ..
+            },
+        ] = effects.as_slice()
+        else {
+            panic!("one append, not {effects:?}");
+        };
+        assert_eq!(stored.text("quill"), "aaa");
+        assert_eq!(text_of(&[&rows[0].1, update]), "aaa");
+        assert_eq!(stored.handle(Input::Restore { state }), []);
     }
 
     /// A client's document.

@@ -20,9 +20,9 @@ use uuid::Uuid;
 
 use super::integrity::{LogRow, check_tail, snapshot_hash};
 use super::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
-    Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed, SlotRow,
-    Store, StoreError, StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
+    MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed,
+    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// Statements that the standby may be behind.
@@ -41,6 +41,8 @@ pub struct Memory {
     database: Database,
     /// Timeline on which the whole map was last read; 0 before that.
     map_read_on: AtomicU64,
+    /// Timeline on which [`Store::reclaim`] was last called.
+    reclaimed_on: AtomicU64,
 }
 
 struct Server {
@@ -149,6 +151,7 @@ impl Database {
         Memory {
             database: self.clone(),
             map_read_on: AtomicU64::new(0),
+            reclaimed_on: AtomicU64::new(self.timeline()),
         }
     }
 
@@ -612,6 +615,26 @@ impl Rows {
         self.give(&held, to, false)
     }
 
+    fn reclaim(&mut self, incarnation: Uuid, held: &[Ownership]) -> Vec<(Slot, Epoch)> {
+        if self
+            .members
+            .get(&incarnation)
+            .is_none_or(|member| member.fenced)
+        {
+            return Vec::new();
+        }
+        let mut mine = Vec::new();
+        for Ownership { slot, epoch, .. } in held {
+            if let Some(row) = self.slots.get_mut(usize::from(slot.0))
+                && row.epoch <= *epoch
+            {
+                row.epoch = *epoch;
+                mine.push(*slot);
+            }
+        }
+        self.give(&mine, incarnation, false)
+    }
+
     fn give(&mut self, slots: &[Slot], to: Uuid, adopted: bool) -> Vec<(Slot, Epoch)> {
         if !slots.is_empty() {
             self.transaction += 1;
@@ -671,6 +694,12 @@ impl DocumentRecord {
 #[async_trait]
 impl Store for Memory {
     async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
+        if self.failovers().is_pending() {
+            let reason = "the database has failed over and the slots are not taken back yet";
+            return Err(StoreError::Unavailable(sqlx::Error::Configuration(
+                reason.into(),
+            )));
+        }
         let batch = batch.to_vec();
         Ok(self
             .database
@@ -868,6 +897,28 @@ impl Store for Memory {
             .write(move |rows, now| rows.claim(incarnation, &slots, now));
         self.database.map_changed.notify_waiters();
         Ok(taken)
+    }
+
+    async fn reclaim(
+        &self,
+        incarnation: Uuid,
+        held: &[Ownership],
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let timeline = self.database.timeline();
+        let held = held.to_vec();
+        let taken = self
+            .database
+            .write(move |rows, _| rows.reclaim(incarnation, &held));
+        self.reclaimed_on.store(timeline, Ordering::Release);
+        self.database.map_changed.notify_waiters();
+        Ok(taken)
+    }
+
+    fn failovers(&self) -> Failovers {
+        Failovers {
+            seen: self.database.timeline(),
+            reclaimed: self.reclaimed_on.load(Ordering::Acquire),
+        }
     }
 
     async fn hand_off(

@@ -35,9 +35,9 @@ use uuid::Uuid;
 
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
-    Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed, SlotRow,
-    Store, StoreError, StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
+    MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed,
+    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// How long a call waits for a session.
@@ -115,6 +115,8 @@ pub struct Postgres {
     sessions: Arc<Sessions>,
     /// [`Timeline::changes`] when the whole map was last asked for.
     map_read_at: AtomicU64,
+    /// [`Timeline::changes`] when [`Store::reclaim`] was last called.
+    reclaimed_at: AtomicU64,
     hints: Arc<Hints>,
     listener: JoinHandle<()>,
 }
@@ -189,6 +191,7 @@ impl Postgres {
             reads: pool(READ_SESSIONS, DATA_TIMEOUT),
             control,
             map_read_at: AtomicU64::default(),
+            reclaimed_at: AtomicU64::default(),
             sessions,
             hints,
             listener,
@@ -245,13 +248,7 @@ impl Postgres {
     ) -> Result<PgRow, StoreError> {
         let warnings = WARNINGS.load(Ordering::Acquire);
         let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
-        if warnings == WARNINGS.load(Ordering::Acquire) {
-            return Ok(row);
-        }
-        let reason = "the server warned: it is not known whether the standby has the commit";
-        Err(StoreError::Unavailable(sqlx::Error::Protocol(
-            reason.to_owned(),
-        )))
+        unless_warned(warnings, row)
     }
 
     /// Runs one fenced statement, which answers whether the slot was held.
@@ -524,7 +521,20 @@ impl Store for Postgres {
                     .map(|append| append.author.replace('\0', ""))
                     .collect::<Vec<_>>(),
             );
-        let row = self.run_durably(query).await?;
+        let warnings = WARNINGS.load(Ordering::Acquire);
+        // The session tells of a failover before it is used.
+        let mut session = self.session(&self.writes).await?;
+        if self.failovers().is_pending() {
+            session.ended();
+            return Err(StoreError::Unavailable(sqlx::Error::Configuration(
+                "the database has failed over and the slots are not taken back yet".into(),
+            )));
+        }
+        let row = within(DATA_TIMEOUT, query.fetch_one(session.connection()))
+            .await
+            .map_err(|error| self.failed(error))?;
+        session.ended();
+        let row = unless_warned(warnings, row)?;
         let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
         let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
         let seqs: Vec<i64> = get::<Option<_>>(&row, 2)?.unwrap_or_default();
@@ -1012,6 +1022,41 @@ impl Store for Postgres {
         taken(&rows)
     }
 
+    async fn reclaim(
+        &self,
+        incarnation: Uuid,
+        held: &[Ownership],
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let seen = self.failovers().seen;
+        let (slots, epochs, _) = columns(held);
+        let query = sqlx::query(
+            "with want as (
+               select * from unnest($1::int[], $2::bigint[]) as w(slot, epoch)
+             ), mine as materialized (
+               select s.slot, w.epoch from slot s join want w using (slot)
+               where s.epoch <= w.epoch and exists (select from member where incarnation = $3 and not fenced)
+               order by s.slot for no key update of s
+             )
+             update slot s set owner = $3, epoch = mine.epoch + 1, revision = pg_current_xact_id()::text::bigint
+             from mine where s.slot = mine.slot
+             returning s.slot, s.epoch, pg_notify('collab_map', '')",
+        )
+        .bind(slots)
+        .bind(epochs)
+        .bind(incarnation);
+        let taken = taken(&self.run(&self.control, CONTROL_TIMEOUT, query).await?)?;
+        self.reclaimed_at.store(seen, Ordering::Release);
+        Ok(taken)
+    }
+
+    fn failovers(&self) -> Failovers {
+        let timeline = self.sessions.timeline.lock().expect("no holder panics");
+        Failovers {
+            seen: timeline.changes,
+            reclaimed: self.reclaimed_at.load(Ordering::Acquire),
+        }
+    }
+
     async fn hand_off(
         &self,
         from: &[Ownership],
@@ -1490,6 +1535,17 @@ fn is_held_up(error: &sqlx::Error) -> bool {
             .as_database_error()
             .is_some_and(|error| error.code().as_deref() == Some("55P03")),
     }
+}
+
+/// The answer to a statement that writes, unless the server has warned meanwhile: `before` is [`WARNINGS`] at its beginning.
+fn unless_warned(before: u64, row: PgRow) -> Result<PgRow, StoreError> {
+    if before == WARNINGS.load(Ordering::Acquire) {
+        return Ok(row);
+    }
+    let reason = "the server warned: it is not known whether the standby has the commit";
+    Err(StoreError::Unavailable(sqlx::Error::Protocol(
+        reason.to_owned(),
+    )))
 }
 
 async fn within<T>(

@@ -26,9 +26,9 @@ use uuid::Uuid;
 
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
-    Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed, SlotRow,
-    Store, StoreError, StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
+    MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed,
+    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// Connections that read.
@@ -600,6 +600,18 @@ impl Store for Sqlite {
             .collect::<Result<Vec<_>, StoreError>>()?;
         taken.sort_unstable();
         Ok(taken)
+    }
+
+    async fn reclaim(
+        &self,
+        _incarnation: Uuid,
+        _held: &[Ownership],
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        Ok(Vec::new()) // a file does not fail over
+    }
+
+    fn failovers(&self) -> Failovers {
+        Failovers::default()
     }
 
     async fn hand_off(

@@ -448,6 +448,28 @@ async fn a_renewal_in_between_saves_the_lease() {
     bench.renewed(&target).await;
 }
 
+#[tokio::test]
+async fn who_takes_back_has_the_newest_epoch() {
+    let bench = Bench::postgres().await;
+    let (a, b) = (bench.owner().await, bench.node("node-1").await);
+    let reclaim = async |node: &Node, held: &[Ownership]| {
+        let reclaimed = bench.store.reclaim(node.incarnation, held).await;
+        reclaimed.unwrap()
+    };
+    // The database forgot that this slot went to b, twice.
+    let forgotten = Ownership {
+        slot: Slot(1),
+        epoch: Epoch(5),
+        incarnation: b.incarnation,
+    };
+    assert_eq!(reclaim(&a, &[a.right(1)]).await, [(Slot(1), Epoch(2))]);
+    assert_eq!(reclaim(&b, &[forgotten]).await, [(Slot(1), Epoch(6))]);
+    assert_eq!(reclaim(&a, &[a.right(1)]).await, [], "b has it");
+    assert_eq!(bench.right_now(1).await.incarnation, b.incarnation);
+    bench.store.leave(b.incarnation).await.unwrap();
+    assert_eq!(reclaim(&b, &[forgotten]).await, [], "it is no member");
+}
+
 /// The judgement "its owner is lost" must not be made again, wrongly, for the owner that comes while
 /// the claim waits for the row.
 #[tokio::test]

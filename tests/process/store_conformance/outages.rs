@@ -171,7 +171,22 @@ async fn a_failover_of_the_database_is_seen() {
         "transaction ids may have gone back: all is told"
     );
     assert_ne!(bench.map(map.horizon).await.slots.len(), usize::from(SLOTS));
-    until_answered(|| async { bench.store.append(&[node.update(&doc, 1, 3, "3")]).await }).await;
+    let failed = bench.store.append(&[node.update(&doc, 1, 3, "3")]).await;
+    assert!(
+        matches!(failed, Err(StoreError::Unavailable(_))),
+        "the log may end earlier now: {failed:?}"
+    );
+    assert!(bench.store.failovers().is_pending());
+    let held = [node.right(1)];
+    let taken = bench.store.reclaim(node.incarnation, &held).await.unwrap();
+    assert_eq!(taken, [(Slot(1), Epoch(2))]);
+    let stale = bench.append(&[node.update(&doc, 1, 3, "3")]).await;
+    assert!(stale.held.is_empty(), "{stale:?}");
+    let append = Append {
+        ownership: bench.right_now(1).await,
+        ..node.update(&doc, 1, 3, "3")
+    };
+    assert_eq!(bench.append(&[append]).await.inserted.len(), 1);
     assert_eq!(
         bench.content(&doc).await,
         content(None, &["1", "2", "3"], 3)
