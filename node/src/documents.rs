@@ -16,6 +16,7 @@ use bytes::Bytes;
 use collab_core::document::{Document, EdgeId, Effect, Input, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
 use collab_core::limits::{PRELOAD_KEPT_FOR, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
+use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
@@ -297,6 +298,11 @@ impl Documents {
             self.members.look_now();
         }
         Ok(is_there)
+    }
+
+    /// The map as this node has it, for one that does not reach the store.
+    pub fn shared_map(&self) -> SharedMap {
+        self.members.map().shared()
     }
 
     /// Number of open documents.
@@ -831,7 +837,10 @@ impl Owned {
         let peer = |connection| Peer { edge, connection };
         Some(match message {
             // The channel is open already; its end comes as a detach.
-            ToOwner::Attach { .. } | ToOwner::Detach | ToOwner::Preload { .. } => return None,
+            ToOwner::Attach { .. }
+            | ToOwner::Detach
+            | ToOwner::Preload { .. }
+            | ToOwner::AskMap => return None,
             ToOwner::Join { connection, author } => Input::Join {
                 peer: peer(connection),
                 author,

@@ -10,6 +10,7 @@ pub mod config;
 pub mod documents;
 pub mod edge;
 pub mod handoff;
+pub mod isolation;
 pub mod log;
 pub mod members;
 pub mod metrics;

@@ -21,6 +21,7 @@ use collab_core::limits::{
     LEASE, LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
 };
 use collab_core::ring::{Ring, RingNode, plan_placement, slot_of};
+use collab_core::wire::map::{SharedMap, SharedMember};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
@@ -122,6 +123,60 @@ impl Map {
         self.owners
             .get(usize::from(slot.0))
             .map_or(Epoch(0), |row| row.epoch)
+    }
+
+    /// What another node needs of it to relay.
+    pub fn shared(&self) -> SharedMap {
+        let members: Vec<&Member> = self.members().collect();
+        let index = |owner: Uuid| {
+            let index = members
+                .iter()
+                .position(|member| member.incarnation == owner);
+            index.and_then(|index| u16::try_from(index).ok())
+        };
+        let owners = self.owners.iter();
+        SharedMap {
+            owners: owners
+                .map(|row| (row.owner.and_then(index), row.epoch))
+                .collect(),
+            members: members
+                .iter()
+                .map(|member| SharedMember {
+                    incarnation: member.incarnation,
+                    node: member.node.clone(),
+                    address: member.address.clone(),
+                })
+                .collect(),
+        }
+    }
+
+    /// Takes what a peer knows to be newer; answers whether there was any.
+    fn learn_from_peer(&mut self, shared: &SharedMap, now: Instant) -> bool {
+        let mut newer = false;
+        for (row, (owner, epoch)) in self.owners.iter_mut().zip(&shared.owners) {
+            let owner = owner.and_then(|owner| shared.members.get(usize::from(owner)));
+            let Some(owner) = owner.filter(|_| row.epoch < *epoch) else {
+                continue;
+            };
+            (row.owner, row.epoch) = (Some(owner.incarnation), *epoch);
+            newer = true;
+            self.members.entry(owner.incarnation).or_insert_with(|| {
+                let member = Member {
+                    node: owner.node.clone(),
+                    incarnation: owner.incarnation,
+                    pod_uid: String::new(),
+                    address: owner.address.clone(),
+                    zone: String::new(),
+                    weight: 0,
+                    state: MemberState::Active,
+                    lease_left: LEASE,
+                    load: None,
+                    load_age: Duration::ZERO,
+                };
+                Known::learned(member, now, None)
+            });
+        }
+        newer
     }
 
     /// Every slot that documents hash to, in order.
@@ -418,6 +473,13 @@ impl Members {
     pub fn lease_held(&self) -> bool {
         let renewed = self.lease().renewed;
         renewed.is_some_and(|renewed| renewed.elapsed() < STOP_OWNING_AFTER)
+    }
+
+    /// Takes what a peer knows of the slots, while the store does not answer here.
+    pub fn learn_from_peer(&self, shared: &SharedMap, now: Instant) {
+        if !self.lease_held() {
+            self.publish(|map| map.learn_from_peer(shared, now));
+        }
     }
 
     /// The numbers that the next renewal reports.
@@ -890,6 +952,35 @@ mod tests {
             fenced
         );
         assert_eq!(Known::learned(gone(), ended, None).lease_end, ended);
+    }
+
+    #[test]
+    fn a_peer_tells_of_newer_owners_and_where_they_are_and_of_nothing_older() {
+        let now = Instant::now();
+        let map = |owner, epoch, members: Vec<Member>| Map {
+            owners: vec![SlotRow {
+                slot: Slot(0),
+                owner: Some(owner),
+                epoch: Epoch(epoch),
+            }],
+            members: members
+                .into_iter()
+                .map(|member| (member.incarnation, Known::learned(member, now, None)))
+                .collect(),
+            placement: Placement::default(),
+        };
+        let mut mine = map(ME, 4, vec![member(ME, Duration::ZERO)]);
+        let newer = map(OTHER, 5, vec![member(OTHER, LEASE)]).shared();
+        assert!(mine.learn_from_peer(&newer, now));
+        let owner = mine.owner(Slot(0)).unwrap();
+        assert_eq!(
+            (owner.incarnation, owner.address.as_str(), owner.epoch),
+            (OTHER, "host:1", Epoch(5))
+        );
+        let older = map(ME, 4, vec![member(ME, LEASE)]).shared();
+        assert!(!mine.learn_from_peer(&older, now));
+        assert!(!mine.learn_from_peer(&newer, now));
+        assert_eq!(mine.owner(Slot(0)).unwrap().incarnation, OTHER);
     }
 
     #[test]

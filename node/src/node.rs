@@ -11,6 +11,7 @@ use crate::bus::Bus;
 use crate::documents::Documents;
 use crate::edge::Edge;
 use crate::handoff::Handoff;
+use crate::isolation;
 use crate::log::Log;
 use crate::members::Members;
 use crate::metrics::Metrics;
@@ -106,7 +107,12 @@ impl Node {
             tasks.spawn(members.clone().keep_lease()),
             tasks.spawn(endless(members.clone().follow_map())),
             tasks.spawn(endless(members.clone().adopt())),
-            tasks.spawn(endless(peers.follow_members())),
+            tasks.spawn(endless(peers.clone().follow_members())),
+            tasks.spawn(endless(isolation::endure(
+                members.clone(),
+                peers,
+                edge.clone(),
+            ))),
             tasks.spawn(endless(log_task)),
             tasks.spawn(endless(documents.clone().follow_map())),
             tasks.spawn(endless(documents.clone().measure())),

@@ -15,7 +15,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use collab_core::ids::{DocumentId, Epoch};
 use collab_core::limits::LEASE;
+use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner};
+use futures::future::join_all;
 use futures::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
@@ -37,6 +39,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const PING_EVERY: Duration = Duration::from_secs(1);
 /// A stream without a sign of life for this long has failed.
 const SILENCE_MAX: Duration = Duration::from_secs(4);
+/// A member that does not tell its map in this time is passed over.
+const MAP_ANSWER_WAIT: Duration = Duration::from_millis(500);
 /// Before a member that could not be reached is tried again, unless a document asks for it.
 const REDIAL_EVERY: Duration = Duration::from_millis(250);
 /// Between two tries to find out what became of the process behind a lost stream.
@@ -156,6 +160,31 @@ impl Peers {
                 unanswered -= 1;
             }
         }
+    }
+
+    /// Asks every member to which there is a stream for its map, and takes what is newer. Answers how many told theirs.
+    pub async fn ask_for_maps(self: &Arc<Self>) -> usize {
+        let now = Instant::now();
+        let map = self.members.map();
+        let others = map
+            .members()
+            .map(|member| (member.incarnation, member.address.clone()));
+        let others = others.filter(|(incarnation, address)| {
+            *incarnation != self.members.incarnation() && !address.is_empty()
+        });
+        let asked = others.map(|(incarnation, address)| async move {
+            let (remote, mut answers) = self.channel(incarnation, &address);
+            remote.send(&ToOwner::AskMap);
+            match timeout(MAP_ANSWER_WAIT, answers.recv()).await {
+                Ok(Some(ToEdge::Map { map })) => SharedMap::decode(&map),
+                _ => None,
+            }
+        });
+        let told: Vec<SharedMap> = join_all(asked).await.into_iter().flatten().collect();
+        for shared in &told {
+            self.members.learn_from_peer(shared, now);
+        }
+        told.len()
     }
 
     fn channel(
@@ -412,6 +441,10 @@ fn from_edge(
         }
         ToOwner::Detach => {
             attachments.remove(&channel);
+        }
+        ToOwner::AskMap => {
+            let map = documents.shared_map().encode().into();
+            let _ = out.send(ToEdge::Map { map }.encode(channel));
         }
         ToOwner::Preload { document } => {
             let out = out.clone();

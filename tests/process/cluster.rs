@@ -11,9 +11,9 @@ use collab_core::ring::slot_of;
 use collab_tests::checker;
 use collab_tests::clients::typist::{Ledger, Typing};
 use collab_tests::clients::{Reading, Replay, now_ms};
-use collab_tests::nodes::Nodes;
+use collab_tests::nodes::{Launch, Nodes};
 use collab_tests::postgres::{Postgres, Setup};
-use collab_tests::proxy::Proxy;
+use collab_tests::proxy::{Proxy, Treatment};
 use collab_tests::redis::Redis;
 use reqwest::Method;
 use serde_json::json;
@@ -305,7 +305,8 @@ async fn what_a_lagging_standby_lost_is_written_again_by_the_owners() -> Result<
     let proxy = Proxy::start([127, 0, 0, 1].into(), primary.address()).await?;
     let mut nodes = Nodes::start(3, &Postgres::url_at(proxy.address()), "none").await?;
     let names = documents(12);
-    let typists = Typing::new(nodes.urls(), names.clone(), 6).start()?;
+    // The third node gets a share of the slots and goes: its clients would stay without one.
+    let typists = Typing::new(nodes.urls()[..2].to_vec(), names.clone(), 6).start()?;
     typists
         .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
         .await?;
@@ -355,6 +356,56 @@ async fn what_a_lagging_standby_lost_is_written_again_by_the_owners() -> Result<
         nodes.run(number)?;
     }
     nodes.balanced(3).await?;
+    everything_acknowledged_is_there(&nodes, &ledger, &names).await
+}
+
+/// One node alone loses the database: its clients stay with it and are relayed to the new owners, of which other nodes
+/// tell it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_loses_the_database_relays_to_the_new_owners() -> Result<()> {
+    let postgres = Postgres::start().await;
+    let proxy = Proxy::start([127, 0, 0, 1].into(), postgres.address()).await?;
+    let mut nodes = Nodes::new(Launch::local(&postgres.url(), "none"));
+    nodes.add()?;
+    nodes.add_with(Launch::local(&Postgres::url_at(proxy.address()), "none"))?;
+    nodes.add()?;
+    nodes.balanced(3).await?;
+    let names = documents(12);
+    let typists = Typing::new(nodes.urls(), names.clone(), 8).start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+
+    let cut = now_ms();
+    proxy.treat(Treatment::Stall, Treatment::Stall);
+    sleep(Duration::from_secs(10)).await;
+    let healed = now_ms();
+    proxy.heal();
+    proxy.reset();
+    nodes.balanced(3).await?;
+    sleep(Duration::from_secs(2)).await;
+    let ledger = typists.stop().await?;
+
+    let url = nodes.nodes[1].url();
+    let after = ledger.next_ack(cut, |_, writer| writer.node == url);
+    let longest = after
+        .into_values()
+        .map(|after| after.unwrap_or(NEVER))
+        .max()
+        .unwrap_or(NEVER);
+    let closes: usize = ledger
+        .writers
+        .values()
+        .map(|writer| writer.closes.len())
+        .sum();
+    println!(
+        "cut a node from the database for {:.0} ms: {} acked edits, {closes} closes, its clients' receipts came again \
+         within {longest:?}",
+        healed - cut,
+        ledger.acked()
+    );
+    ensure!(closes == 0, "sockets were closed {closes} times");
+    ensure!(longest < LIVENESS, "{longest:?}\n{}", nodes.logs());
     everything_acknowledged_is_there(&nodes, &ledger, &names).await
 }
 

@@ -82,6 +82,8 @@ pub const ADOPT_AFTER_STEADY: Duration = Duration::from_millis(2_500);
 /// After a failover of the database nobody adopts for this long: the new primary may not know the leases and owners of
 /// the last moments, and every owner takes back what it had.
 pub const ADOPT_AFTER_FAILOVER: Duration = Duration::from_secs(3);
+/// A node that reaches neither the store nor any peer for this long closes its sockets: others serve its clients better.
+pub const ISOLATED_AFTER: Duration = Duration::from_secs(5);
 /// Between the candidates of a slot: the first adopts at once, the second this much later.
 pub const ADOPTION_STAGGER: Duration = Duration::from_millis(150);
 /// A member whose last renewal is older than this may be fenced early, if its process is known to be gone.
@@ -120,6 +122,8 @@ const _: () =
     assert!(PRELOAD_WAIT.as_millis() + FREEZE_WAIT.as_millis() < PRELOAD_KEPT_FOR.as_millis());
 // Else the leases that a failover of the database forgot would look ended.
 const _: () = assert!(LEASE.as_millis() + 1_000 <= ADOPT_AFTER_FAILOVER.as_millis());
+// By then others have adopted what it owned.
+const _: () = assert!(LEASE.as_millis() * 2 < ISOLATED_AFTER.as_millis());
 // A member that lives and reaches the store is never fenced early; and early it must be.
 const _: () = assert!(LEASE_RENEW_EVERY.as_millis() < EARLY_FENCE_AGE.as_millis());
 const _: () = assert!(EARLY_FENCE_AGE.as_millis() * 2 < LEASE.as_millis());

@@ -6,6 +6,7 @@
 pub mod awareness;
 pub mod hocuspocus;
 pub mod json;
+pub mod map;
 pub mod relay;
 pub mod varint;
 pub mod y_sweet;

@@ -448,7 +448,7 @@ impl Room {
                 self.detach(RETRY);
             }
             // Answers a question of this node's handoffs, which have channels of their own.
-            ToEdge::Preloaded => {}
+            ToEdge::Preloaded | ToEdge::Map { .. } => {}
             ToEdge::Unavailable { cause, reason } => {
                 let pause = if cause == Unavailable::Store {
                     RETRY

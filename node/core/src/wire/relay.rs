@@ -103,6 +103,9 @@ pub enum ToOwner {
         /// UTF-8.
         payload: Bytes,
     },
+    /// Asks for the map of slots, which the edge cannot read from the store. Answered by [`ToEdge::Map`], on a channel that
+    /// has no document.
+    AskMap,
 }
 
 /// From the owner to the edge.
@@ -189,6 +192,11 @@ pub enum ToEdge {
     },
     /// Answers one [`ToOwner::Preload`], whether or not the document could be read.
     Preloaded,
+    /// Answers [`ToOwner::AskMap`].
+    Map {
+        /// A [`SharedMap`](super::map::SharedMap).
+        map: Bytes,
+    },
 }
 
 /// Why a document cannot be served.
@@ -225,7 +233,7 @@ impl ToOwner {
                 put_sized(&mut out, document.as_str().as_bytes());
                 out.put_slice(since);
             }
-            Self::Detach => {}
+            Self::Detach | Self::AskMap => {}
             Self::Preload { document } => out.put_slice(document.as_str().as_bytes()),
             Self::Join { connection, author } => {
                 out.put_u64_le(connection.0);
@@ -332,6 +340,7 @@ impl ToOwner {
             8 => Self::QueryAwareness {
                 connection: connection(&mut rest)?,
             },
+            12 => Self::AskMap,
             9 => Self::Preload {
                 document: DocumentId::new(text(&rest)?).map_err(|_| RelayError::BadText)?,
             },
@@ -369,6 +378,7 @@ impl ToOwner {
             Self::Preload { .. } => 9,
             Self::Compare { .. } => 10,
             Self::Stateless { .. } => 11,
+            Self::AskMap => 12,
         }
     }
 }
@@ -433,6 +443,7 @@ impl ToEdge {
                 out.put_slice(reason.as_bytes());
             }
             Self::Preloaded => {}
+            Self::Map { map } => out.put_slice(map),
         }
         out.freeze()
     }
@@ -508,6 +519,7 @@ impl ToEdge {
                 except: sender(&mut rest)?,
                 payload: rest,
             },
+            46 => Self::Map { map: rest },
             unknown => return Err(RelayError::UnknownKind(unknown)),
         };
         Ok((channel, message))
@@ -528,6 +540,7 @@ impl ToEdge {
             Self::Unavailable { .. } => 43,
             Self::Preloaded => 44,
             Self::Stateless { .. } => 45,
+            Self::Map { .. } => 46,
         }
     }
 }
@@ -626,6 +639,7 @@ mod tests {
                 payload: bytes.clone(),
             },
             ToOwner::QueryAwareness { connection: ALICE },
+            ToOwner::AskMap,
             ToOwner::Preload {
                 document: DocumentId::new("a/b").unwrap(),
             },
@@ -684,7 +698,7 @@ mod tests {
             },
             ToEdge::Step2 {
                 connection: ALICE,
-                update: bytes,
+                update: bytes.clone(),
             },
             ToEdge::Receipt {
                 connection: ALICE,
@@ -700,6 +714,7 @@ mod tests {
                 reason: "hole".to_owned(),
             },
             ToEdge::Preloaded,
+            ToEdge::Map { map: bytes.clone() },
         ];
         for message in to_edge {
             let frame = message.encode(CHANNEL);
