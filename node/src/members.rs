@@ -958,6 +958,8 @@ mod tests {
     fn a_peer_tells_of_newer_owners_and_where_they_are_and_of_nothing_older() {
         let now = Instant::now();
         let map = |owner, epoch, members: Vec<Member>| Map {
+            slots: 1,
+            pins: Pins::default(),
             owners: vec![SlotRow {
                 slot: Slot(0),
                 owner: Some(owner),
