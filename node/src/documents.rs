@@ -26,11 +26,12 @@ use crate::log::{Log, LogEvent};
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::store::{
-    Append, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store, StoreError,
-    StoredSnapshot,
+    Append, Content, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store,
+    StoreError, StoredSnapshot,
 };
 use crate::tasks::Tasks;
 
+mod damage;
 mod meter;
 mod preload;
 mod snapshot;
@@ -44,6 +45,10 @@ pub use meter::Load;
 const OWNERSHIP_WAIT: Duration = Duration::from_millis(500);
 /// Between two tries to load a document from a store that does not answer.
 const LOAD_RETRY: Duration = Duration::from_millis(200);
+/// An append that takes longer says that the store is away.
+const STORE_AWAY_AFTER: Duration = Duration::from_secs(1);
+/// After this time a damaged document is loaded again: a person may have repaired it.
+const DEGRADED_RECHECK: Duration = Duration::from_secs(10);
 /// Between two looks at the clock: presence that expires, snapshots that are due.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -310,6 +315,11 @@ impl Documents {
         self.open().documents.len()
     }
 
+    /// Number of documents of this node that were found damaged.
+    pub fn degraded(&self) -> usize {
+        self.open().degraded.len()
+    }
+
     /// The open documents of a slot.
     pub fn open_in(&self, slot: Slot) -> Vec<DocumentId> {
         let open = self.open();
@@ -537,18 +547,14 @@ impl Host {
             )
             .await
             {
-                Ok(Loaded::Live {
-                    room_epoch,
-                    snapshot,
-                    log,
-                    last,
-                }) => {
-                    return match replayed(&documents.tasks, ownership.epoch, snapshot, log, last)
-                        .await
-                    {
-                        Ok(document) => Ok(self.owned(document, ownership, room_epoch, "store")),
-                        Err(reason) => Err(self.degraded(&reason)),
-                    };
+                Ok(Loaded::Live(content)) => {
+                    let room_epoch = content.room_epoch;
+                    return Ok(
+                        match replayed(&documents.tasks, ownership.epoch, &content).await {
+                            Ok(document) => self.owned(document, ownership, room_epoch, "store"),
+                            Err(reason) => self.degraded(content, ownership, reason).await,
+                        },
+                    );
                 }
                 Ok(Loaded::Deleted) => {
                     return Err(End::Unavailable(
@@ -568,8 +574,11 @@ impl Host {
                         Err(error) => self.store_failed(&error).await,
                     }
                 }
-                Err(LoadError::Damaged { reason, seq, .. }) => {
-                    return Err(self.degraded(&format!("at seq {seq}: {reason}")));
+                Err(LoadError::Damaged {
+                    reason, seq, good, ..
+                }) => {
+                    let reason = format!("at seq {seq}: {reason}");
+                    return Ok(self.degraded(*good, ownership, reason).await);
                 }
                 Err(LoadError::Store(error)) => self.store_failed(&error).await,
             }
@@ -606,6 +615,9 @@ impl Host {
             snapshot_running: None,
             presence_changed: false,
             idle_since: Instant::now(),
+            unsettled_since: None,
+            opened_at: Instant::now(),
+            damage: None,
         }
     }
 
@@ -636,15 +648,19 @@ impl Host {
         sleep(LOAD_RETRY).await;
     }
 
-    fn degraded(&self, reason: &str) -> End {
-        tracing::error!(document.id = %self.document, reason, "the stored document is damaged");
+    /// Opens the good part of a damaged document, to be read only.
+    async fn degraded(&self, content: Content, ownership: Ownership, reason: String) -> Owned {
+        tracing::error!(document.id = %self.document, reason, "the stored document is damaged; its good part is served read-only");
+        let room_epoch = content.room_epoch;
+        let good_part = move || damage::good_part(ownership.epoch, &content);
+        let good_part = self.documents.tasks.compute(good_part).await;
+        let document = good_part.expect("what panics inside is caught there");
+        let mut owned = self.owned(document, ownership, room_epoch, "store");
+        owned.damage = Some(format!("the stored document is damaged: {reason}"));
         self.documents.set_degraded(|degraded| {
             degraded.insert(self.document.clone());
         });
-        End::Unavailable(
-            Unavailable::Degraded,
-            format!("the stored document is damaged: {reason}"),
-        )
+        owned
     }
 
     /// Takes the document out of the table and tells everyone who waits, those still in the queue too.
@@ -736,9 +752,14 @@ struct Owned {
     log_events: mpsc::UnboundedReceiver<LogEvent>,
     /// Answers that wait until what they show is durable.
     waiting: Vec<(Seq, Reply, Answer)>,
-    snapshot_running: Option<oneshot::Receiver<Option<Seq>>>,
+    snapshot_running: Option<oneshot::Receiver<Option<(Seq, Bytes)>>>,
     presence_changed: bool,
     idle_since: Instant,
+    /// When an update began to wait for the log, or the last commit if more wait.
+    unsettled_since: Option<Instant>,
+    opened_at: Instant,
+    /// What is wrong with the stored rows; the document is read-only.
+    damage: Option<String>,
 }
 
 impl Drop for Owned {
@@ -760,7 +781,8 @@ impl Owned {
             // With a tail this long a snapshot is worth a short wait.
             let must_settle = 2 * SNAPSHOT_AFTER_UPDATES <= self.document.tail()
                 && self.snapshot_running.is_none()
-                && !self.document.is_settled();
+                && !self.document.is_settled()
+                && !self.store_is_away();
             let step = tokio::select! {
                 biased;
                 Some(event) = self.log_events.recv() => self.logged(event),
@@ -774,8 +796,8 @@ impl Owned {
                     if self.snapshot_running.is_some() =>
                 {
                     self.snapshot_running = None;
-                    if let Ok(Some(seq)) = stored {
-                        self.document.set_snapshot(seq);
+                    if let Ok(Some((seq, state))) = stored {
+                        self.document.set_snapshot(seq, state);
                     }
                     None
                 }
@@ -804,6 +826,10 @@ impl Owned {
     fn take(&mut self, message: ToDocument) -> Option<End> {
         match message {
             ToDocument::Attach(edge, sender, since) => {
+                if let Some(damage) = &self.damage {
+                    let reason = damage.clone();
+                    sender.send(ToEdge::ReadOnly { reason });
+                }
                 self.edges.insert(edge, sender);
                 self.handle(Input::Attach { edge, since })
             }
@@ -974,6 +1000,7 @@ impl Owned {
                     bytes: update,
                     author,
                 };
+                self.unsettled_since.get_or_insert_with(Instant::now);
                 self.documents.log.append(append, self.log_reply.clone());
             }
             Effect::NotAdmitted { reason } => {
@@ -993,6 +1020,7 @@ impl Owned {
         match event {
             LogEvent::Committed(seq) => {
                 let end = self.handle(Input::Committed { seq });
+                self.unsettled_since = (!self.document.is_settled()).then(Instant::now);
                 let durable = self.waiting.extract_if(.., |(after, ..)| *after <= seq);
                 for (_, reply, answer) in durable {
                     let _ = reply.send(Ok(answer));
@@ -1020,6 +1048,17 @@ impl Owned {
 
     /// Answers now what is durable now, and the rest when it is.
     fn ask(&mut self, question: &Question, reply: Reply) {
+        if let Some(damage) = &self.damage
+            && !matches!(question, Question::Presence)
+        {
+            // A part that looks like the whole would be kept as such.
+            let error = AskError::Unavailable {
+                document: self.name.clone(),
+                reason: damage.clone(),
+            };
+            let _ = reply.send(Err(error));
+            return;
+        }
         let answer = match question {
             Question::Text(name) => Answer::Text(self.document.text(name)),
             Question::State => Answer::State(self.document.encode_state()),
@@ -1091,6 +1130,12 @@ impl Owned {
                 .publish_presence(&self.name, self.presence())
                 .await;
         }
+        if self.damage.is_some() && DEGRADED_RECHECK <= self.opened_at.elapsed() {
+            return Some(End::Reload);
+        }
+        if self.store_is_away() {
+            self.handle(Input::StoreAway);
+        }
         let settled = self.document.is_settled();
         if settled && SNAPSHOT_AFTER_UPDATES <= self.document.tail() {
             self.start_snapshot();
@@ -1104,6 +1149,12 @@ impl Owned {
             }
         }
         end
+    }
+
+    /// An append has been on its way for longer than appends take.
+    fn store_is_away(&self) -> bool {
+        self.unsettled_since
+            .is_some_and(|since| STORE_AWAY_AFTER <= since.elapsed())
     }
 
     /// Takes the document out of the table unless somebody has just asked for it.
@@ -1132,6 +1183,7 @@ impl Owned {
             seq: self.document.committed_seq(),
             bytes: self.document.encode_state(),
         };
+        let state = snapshot.bytes.clone();
         let (done, running) = oneshot::channel();
         self.snapshot_running = Some(running);
         let documents = self.documents.clone();
@@ -1144,7 +1196,7 @@ impl Owned {
                 snapshot,
             )
             .await;
-            let _ = done.send(stored);
+            let _ = done.send(stored.map(|seq| (seq, state)));
         });
     }
 
@@ -1206,13 +1258,13 @@ async fn load(
 }
 
 /// Replays what was loaded, beside the executor's threads. The error is for people.
-async fn replayed(
-    tasks: &Tasks,
-    epoch: Epoch,
-    snapshot: Option<StoredSnapshot>,
-    log: Vec<(Seq, Bytes)>,
-    last: Seq,
-) -> Result<Document, String> {
+async fn replayed(tasks: &Tasks, epoch: Epoch, content: &Content) -> Result<Document, String> {
+    let Content {
+        snapshot,
+        log,
+        last,
+        ..
+    } = content.clone();
     guarded(tasks, move || {
         let snapshot = snapshot
             .as_ref()

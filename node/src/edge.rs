@@ -6,14 +6,16 @@
 //! clients are told, and a [`family`] puts it into the bytes of its clients.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::extract::ws::{CloseFrame, Message as WsMessage};
 use bytes::Bytes;
 use collab_core::ids::{ConnectionId, DocumentId};
-use collab_core::limits::DRAIN_CLOSES_PER_SECOND;
+use collab_core::limits::{
+    DRAIN_CLOSES_PER_SECOND, SOCKET_QUEUE_BYTES_MAX, SOCKET_QUEUE_FRAMES_MAX,
+};
 use collab_core::wire::y_websocket;
 use futures::{Sink, SinkExt, Stream, StreamExt};
 use rand::rngs::StdRng;
@@ -39,8 +41,6 @@ pub use hocuspocus::{Admitted, Gate};
 use hocuspocus::Hocuspocus;
 use room::{FromSocket, Room};
 
-/// Frames that may wait for a socket; one that is slower is closed and catches up when it comes back.
-const SOCKET_QUEUE_FRAMES_MAX: usize = 8_192;
 /// Updates of a socket that may wait for their receipt before the socket is no longer read.
 const UNANSWERED_UPDATES_MAX: usize = 256;
 /// A client that takes nothing for this long is gone.
@@ -102,11 +102,56 @@ impl Close {
 #[derive(Clone, Debug)]
 struct Line {
     /// Frames for the client.
-    out: mpsc::Sender<Bytes>,
+    out: mpsc::UnboundedSender<Bytes>,
+    /// How much of them it has not taken.
+    backlog: Arc<Backlog>,
     /// A room has done with a connection: it is to be closed.
     ends: mpsc::UnboundedSender<(ConnectionId, Close)>,
     /// Updates that may be read before one of them is receipted.
     credit: Arc<Semaphore>,
+}
+
+impl Line {
+    fn put(&self, frame: Bytes) {
+        self.backlog.add(&frame);
+        // A socket that is gone leaves by itself.
+        let _ = self.out.send(frame);
+    }
+}
+
+/// What waits for a socket to take it.
+#[derive(Debug, Default)]
+struct Backlog {
+    frames: AtomicUsize,
+    bytes: AtomicUsize,
+    /// The rooms that want to hear when all of it is sent, and for which of their connections.
+    awaited: Mutex<Vec<(mpsc::UnboundedSender<FromSocket>, ConnectionId)>>,
+}
+
+impl Backlog {
+    fn add(&self, frame: &Bytes) {
+        self.frames.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(frame.len(), Ordering::Relaxed);
+    }
+
+    /// Takes off what was sent, and tells those who wait for it that nothing is left.
+    fn sent(&self, frames: usize, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        if self.frames.fetch_sub(frames, Ordering::Relaxed) == frames {
+            for (room, connection) in self.awaited().drain(..) {
+                let _ = room.send(FromSocket::Drained { connection });
+            }
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        SOCKET_QUEUE_FRAMES_MAX <= self.frames.load(Ordering::Relaxed)
+            || SOCKET_QUEUE_BYTES_MAX <= self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn awaited(&self) -> MutexGuard<'_, Vec<(mpsc::UnboundedSender<FromSocket>, ConnectionId)>> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A document that a socket holds. The room forgets it when this is dropped.
@@ -255,11 +300,13 @@ impl Edge {
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
         let (mut sink, mut stream) = socket.split();
-        let (out, mut queue) = mpsc::channel::<Bytes>(SOCKET_QUEUE_FRAMES_MAX);
+        let (out, mut queue) = mpsc::unbounded_channel::<Bytes>();
+        let backlog = Arc::new(Backlog::default());
         let (ends, mut ended) = mpsc::unbounded_channel();
         let credit = Arc::new(Semaphore::new(UNANSWERED_UPDATES_MAX));
         let mut client = client(Line {
             out,
+            backlog: backlog.clone(),
             ends,
             credit: credit.clone(),
         });
@@ -276,17 +323,19 @@ impl Edge {
                 close = &mut closed => {
                     break close.unwrap_or_else(|_| Close::new(CLOSE_RESTART, ""));
                 }
-                _ = queue.recv_many(&mut batch, 256) => {
-                    self.metrics.deliveries.inc_by(batch.len() as u64);
+                count = queue.recv_many(&mut batch, 256) => {
+                    self.metrics.deliveries.inc_by(count as u64);
+                    let bytes = batch.iter().map(Bytes::len).sum();
                     let sent = async {
                         for frame in batch.drain(..) {
                             sink.feed(WsMessage::Binary(frame)).await?;
                         }
                         sink.flush().await
                     };
-                    if let Ok(Ok(())) = timeout(SEND_TIMEOUT, sent).await {} else {
+                    if !matches!(timeout(SEND_TIMEOUT, sent).await, Ok(Ok(()))) {
                         return 1006;
                     }
+                    backlog.sent(count, bytes);
                 }
                 frame = stream.next(), if 0 < credit.available_permits() => match frame {
                     Some(Ok(WsMessage::Binary(frame))) => {
@@ -351,7 +400,8 @@ impl Edge {
         let entry = rooms.entry(document.clone()).or_insert_with(|| {
             let id = self.next_id.fetch_add(1, Ordering::Relaxed);
             let (inputs, receiver) = mpsc::unbounded_channel();
-            let room = Room::new(self.clone(), document.clone(), id, receiver);
+            let own_inputs = inputs.downgrade();
+            let room = Room::new(self.clone(), document.clone(), id, receiver, own_inputs);
             self.tasks.spawn(room.run());
             RoomEntry { id, inputs }
         });

@@ -39,6 +39,8 @@ pub struct Metrics {
     pub document_panics: IntCounter,
     /// Frames put on client sockets.
     pub deliveries: IntCounter,
+    /// Times that a socket could not follow.
+    pub sockets_behind: IntCounter,
     /// From an update's arrival at this edge to its receipt.
     pub ack_seconds: Histogram,
     /// Hold-up of documents by a handoff, in seconds.
@@ -100,7 +102,7 @@ impl Metrics {
             ),
             documents_degraded: gauge(
                 "collab_documents_degraded",
-                "Documents that cannot be served because their stored rows are damaged.",
+                "Documents of which only a part is served, read-only, because their stored rows are damaged.",
             ),
             slots_owned: gauge("collab_slots_owned", "Slots owned by this node."),
             slots_moving: gauge(
@@ -135,6 +137,10 @@ impl Metrics {
                 "Times that an input made a document panic; it was loaded again.",
             ),
             deliveries: counter("collab_deliveries_total", "Frames put on client sockets."),
+            sockets_behind: counter(
+                "collab_sockets_behind_total",
+                "Times that a client socket could not follow and was sent one difference later instead.",
+            ),
             ack_seconds: histogram(
                 "collab_ack_seconds",
                 "From an update's arrival at this edge to its receipt.",
@@ -192,7 +198,14 @@ impl Metrics {
             ),
         );
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        for reason in ["invalid", "gap", "resync", "read_only"] {
+        for reason in [
+            "invalid",
+            "gap",
+            "resync",
+            "read_only",
+            "degraded",
+            "unsaved",
+        ] {
             metrics.updates_refused.with_label_values(&[reason]);
         }
         for result in ["moved", "failed"] {

@@ -307,6 +307,7 @@ async fn sample_load(app: Arc<App>) -> anyhow::Result<()> {
         app.members.set_load(LoadSample {
             connections: count(app.edge.connections()),
             documents: count(app.documents.count()),
+            degraded: count(app.documents.degraded()),
             resident_bytes: resident_bytes(),
         });
         sleep(LOAD_EVERY).await;

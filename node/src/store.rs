@@ -74,17 +74,21 @@ pub enum Loaded {
     Absent,
     /// It was deleted; only an explicit creation brings the name back.
     Deleted,
-    /// Its content: `snapshot` (a V1 update, verified) and then `log`, in order.
-    Live {
-        /// The life of the document.
-        room_epoch: RoomEpoch,
-        /// Newest snapshot that verifies.
-        snapshot: Option<StoredSnapshot>,
-        /// Every row after the snapshot (or after the base of this life), contiguous and with good checksums.
-        log: Vec<(Seq, Bytes)>,
-        /// Last position in the log; the next append has the one after it.
-        last: Seq,
-    },
+    /// Its content.
+    Live(Content),
+}
+
+/// The content of a document: a snapshot, and then the log.
+#[derive(Clone, Debug)]
+pub struct Content {
+    /// The life of the document.
+    pub room_epoch: RoomEpoch,
+    /// Newest snapshot that verifies.
+    pub snapshot: Option<StoredSnapshot>,
+    /// Every row after the snapshot (or after the base of this life), in order, contiguous and with good checksums.
+    pub log: Vec<(Seq, Bytes)>,
+    /// Position of the last of these rows; the next append has the one after it.
+    pub last: Seq,
 }
 
 /// A snapshot as it lies in the store.
@@ -320,6 +324,8 @@ pub enum LoadError {
         seq: Seq,
         /// What was found.
         reason: String,
+        /// What is good, up to there.
+        good: Box<Content>,
     },
     /// The store failed; try again.
     #[error(transparent)]
@@ -366,12 +372,12 @@ pub trait Store: Send + Sync + 'static {
         after: Seq,
     ) -> Result<Option<Vec<(Seq, Bytes)>>, StoreError> {
         match self.load(document).await {
-            Ok(Loaded::Live {
+            Ok(Loaded::Live(Content {
                 room_epoch: life,
                 snapshot,
                 log,
                 last,
-            }) => {
+            })) => {
                 let from = snapshot.map_or(Seq(0), |snapshot| snapshot.seq);
                 let joins = life == room_epoch && from <= after && after <= last;
                 Ok(joins.then(|| log.into_iter().filter(|(seq, _)| after < *seq).collect()))

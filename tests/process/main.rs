@@ -12,6 +12,8 @@
 mod balance;
 mod cluster;
 mod families;
+mod hardship;
 mod moves;
+mod peer;
 mod store_conformance;
 mod write_rule;

@@ -12,8 +12,9 @@ use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_node::store::postgres::Postgres;
 use collab_node::store::sqlite::Sqlite;
 use collab_node::store::{
-    Append, Appended, Claim, Created, Fence, LoadError, Loaded, MapChange, NewSnapshot, Ownership,
-    Recreate, Registration, Renewal, Renewed, Store, StoreError, WrittenRow,
+    Append, Appended, Claim, Content as StoredContent, Created, Fence, LoadError, Loaded,
+    MapChange, NewSnapshot, Ownership, Recreate, Registration, Renewal, Renewed, Store, StoreError,
+    WrittenRow,
 };
 use collab_tests::postgres::Postgres as Server;
 use collab_tests::process::Folder;
@@ -177,12 +178,12 @@ impl Bench {
 
     async fn content(&self, document: &DocumentId) -> Content {
         match self.store.load(document).await.unwrap() {
-            Loaded::Live {
+            Loaded::Live(StoredContent {
                 snapshot,
                 log,
                 last,
                 ..
-            } => {
+            }) => {
                 assert!(log.windows(2).all(|pair| pair[0].0.next() == pair[1].0));
                 let log = log.iter().map(|(_, bytes)| text(bytes)).collect();
                 Content {
@@ -195,14 +196,18 @@ impl Bench {
         }
     }
 
-    /// Where a document is damaged.
+    /// Where a document is damaged. All before that must be given.
     async fn damage(&self, document: &DocumentId) -> Seq {
         match self.store.load(document).await {
             Err(LoadError::Damaged {
                 document: named,
                 seq,
+                good,
                 ..
-            }) if named == *document => seq,
+            }) if named == *document => {
+                assert_eq!(good.last.next(), seq);
+                seq
+            }
             other => panic!("{document} is not damaged: {other:?}"),
         }
     }

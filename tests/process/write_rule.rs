@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use collab_core::ids::{DocumentId, Seq, Slot, Term};
 use collab_node::store::postgres::{APPEND, LOCK_SLOTS, MOVE_DOCUMENT, Postgres};
-use collab_node::store::{Claim, Loaded, Registration, Store};
+use collab_node::store::{Claim, Content, Loaded, Registration, Store};
 use collab_tests::postgres::Postgres as Server;
 use sqlx::{AssertSqlSafe, PgPool, Row};
 use tokio::sync::Barrier;
@@ -174,7 +174,7 @@ async fn race(statement: &str, taking: &Taking) -> Outcome {
         let mut loaded = Vec::new();
         for number in 0..APPENDERS {
             let document = DocumentId::new(&format!("doc-{slot}-{number}")).unwrap();
-            let Loaded::Live { last, .. } = store.load(&document).await.unwrap() else {
+            let Loaded::Live(Content { last, .. }) = store.load(&document).await.unwrap() else {
                 panic!("not live")
             };
             loaded.push((document, last));

@@ -148,6 +148,9 @@ pub struct LoadSample {
     pub connections: u32,
     /// Documents open at their owner here.
     pub documents: u32,
+    /// Documents whose stored rows are damaged, so that only a part of them is served, read-only.
+    #[serde(default)]
+    pub degraded: u32,
     /// Resident memory of the process in bytes.
     pub resident_bytes: u64,
 }

@@ -7,7 +7,7 @@
 //! Two rules hold it together. *Fan-out is at once*: peers see an edit before it is durable, which a
 //! CRDT makes harmless. *What a client could take for a receipt waits*: receipts, step 2 and
 //! catch-up are queued behind the last position that was assigned when they were made, and leave
-//! when it is committed.
+//! when it is committed. While the store is away who joins is shown the last committed state.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -18,10 +18,17 @@ use yrs::updates::encoder::Encode;
 use yrs::{Doc, OffsetKind, Options, ReadTxn, StateVector, Transact, Update};
 
 use crate::ids::{ConnectionId, Epoch, Seq};
-use crate::limits::{AWARENESS_EXPIRY, PRESENCE_PER_CONNECTION_MAX};
+use crate::limits::{
+    AWARENESS_EXPIRY, PRESENCE_PER_CONNECTION_MAX, UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX,
+    UNSAVED_BYTES_MAX, UNSAVED_UPDATES_MAX,
+};
 use crate::scan::{self, Novelty, Places};
 use crate::wire::awareness;
 use crate::wire::relay::{ToEdge, UpdateKind};
+
+mod past;
+
+use past::Past;
 
 /// An edge as the owner knows it: one stream of one node, or the owner's own edge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -127,6 +134,8 @@ pub enum Input {
         /// The position.
         seq: Seq,
     },
+    /// The store does not answer; the next [`Input::Committed`] says that it does again.
+    StoreAway,
 }
 
 /// What is to be done, in order.
@@ -162,7 +171,7 @@ pub enum Effect {
     },
     /// An update was not admitted; count it.
     NotAdmitted {
-        /// For the metric: `invalid`, `gap` or `resync`.
+        /// For the metric: `invalid`, `gap`, `resync`, `degraded` or `unsaved`.
         reason: &'static str,
     },
     /// Throw the document away and open it again from the store.
@@ -192,13 +201,32 @@ pub struct Document {
     sockets: BTreeMap<Peer, Socket>,
     presence: BTreeMap<u64, Presence>,
     waiting: VecDeque<Waiting>,
+    past: Past,
+    /// Positions and sizes of the updates that are not committed.
+    uncommitted: VecDeque<(Seq, usize)>,
+    uncommitted_bytes: usize,
+    intake: Intake,
+    store_away: bool,
+    /// Nothing is taken from clients: what is stored is damaged.
+    read_only: bool,
+}
+
+/// What is taken from clients while updates wait for their commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Intake {
+    /// Everything.
+    Open,
+    /// What still comes; the edges were asked to stop reading.
+    Paused,
+    /// Nothing; it is asked for again later.
+    Closed,
 }
 
 struct Socket {
     author: String,
     /// Steps 1 sent and not yet answered. Single changes are passed over meanwhile: the answer has them.
     unanswered: u32,
-    /// Its last answer had a hole; asked again when the document has grown.
+    /// Its last answer had a hole, or came when nothing was taken; asked again when that has changed.
     stuck: bool,
 }
 
@@ -213,6 +241,8 @@ struct Waiting {
     after: Seq,
     to: EdgeId,
     message: ToEdge,
+    /// Of a step 2: what its client has.
+    since: Option<StateVector>,
 }
 
 impl Document {
@@ -237,12 +267,19 @@ impl Document {
             sockets: BTreeMap::new(),
             presence: BTreeMap::new(),
             waiting: VecDeque::new(),
+            past: Past::new(snapshot.map_or(&[], |(_, bytes)| bytes)),
+            uncommitted: VecDeque::new(),
+            uncommitted_bytes: 0,
+            intake: Intake::Open,
+            store_away: false,
+            read_only: false,
         };
         if let Some((_, bytes)) = snapshot {
             document.replay(Seq(0), bytes)?;
         }
         for (seq, bytes) in log {
             document.replay(*seq, bytes)?;
+            document.past.push(*seq, bytes);
         }
         Ok(document)
     }
@@ -255,6 +292,7 @@ impl Document {
     pub fn resume(&mut self, epoch: Epoch, log: &[(Seq, Bytes)]) -> Result<(), OpenError> {
         for (seq, bytes) in log {
             self.replay(*seq, bytes)?;
+            self.past.push(*seq, bytes);
             (self.assigned, self.committed) = (*seq, *seq);
         }
         self.epoch = epoch;
@@ -300,7 +338,13 @@ impl Document {
             Input::Expire { now } => self.expire(now),
             Input::Restore { state } => self.restore(&state),
             Input::Committed { seq } => self.committed(seq),
+            Input::StoreAway => self.store_away(),
         }
+    }
+
+    /// Takes nothing from clients any more: what was opened is the good part of damaged rows.
+    pub fn set_read_only(&mut self) {
+        self.read_only = true;
     }
 
     /// Last position that is known to be durable.
@@ -318,14 +362,19 @@ impl Document {
         self.assigned == self.committed
     }
 
-    /// Log rows after the last stored snapshot.
+    /// Log rows after the last stored snapshot. None of a read-only document: no snapshot is made of it.
     pub const fn tail(&self) -> i64 {
-        self.committed.0 - self.snapshot.0
+        if self.read_only {
+            0
+        } else {
+            self.committed.0 - self.snapshot.0
+        }
     }
 
     /// A snapshot up to this position is stored.
-    pub fn set_snapshot(&mut self, seq: Seq) {
+    pub fn set_snapshot(&mut self, seq: Seq, state: Bytes) {
         self.snapshot = self.snapshot.max(seq);
+        self.past.begin_with(seq, state);
     }
 
     /// No edge is attached.
@@ -373,6 +422,10 @@ impl Document {
             let update = self.doc.transact().encode_state_as_update_v1(&since).into();
             effects.extend(self.once_committed(edge, ToEdge::CatchUp { update }));
         }
+        if self.intake != Intake::Open {
+            let message = ToEdge::Pause;
+            effects.push(Effect::Send { to: edge, message });
+        }
         effects
     }
 
@@ -410,18 +463,67 @@ impl Document {
             .map_err(|error| error.to_string())
             .and_then(|_| StateVector::decode_v1(state_vector).map_err(|error| error.to_string()));
         match known {
-            Ok(known) => {
-                let update = self.doc.transact().encode_state_as_update_v1(&known).into();
-                let message = ToEdge::Step2 {
-                    connection: peer.connection,
-                    update,
-                };
-                self.once_committed(peer.edge, message)
-                    .into_iter()
-                    .collect()
-            }
+            Ok(known) => self.step2(peer, known),
             Err(error) => refuse(peer, format!("state vector refused: {error}")),
         }
+    }
+
+    fn step2(&mut self, peer: Peer, mut known: StateVector) -> Vec<Effect> {
+        let connection = peer.connection;
+        let mut effects = Vec::new();
+        if self.store_away
+            && !self.is_settled()
+            && let Some(committed) = self.past.at(self.committed)
+        {
+            let committed = committed.transact();
+            let update = committed.encode_state_as_update_v1(&known).into();
+            // The rest follows when it is committed, too.
+            known.merge(committed.state_vector());
+            let message = ToEdge::CommittedStep2 { connection, update };
+            effects.push(Effect::Send {
+                to: peer.edge,
+                message,
+            });
+        }
+        let update = self.doc.transact().encode_state_as_update_v1(&known).into();
+        let message = ToEdge::Step2 { connection, update };
+        if self.is_settled() {
+            effects.push(Effect::Send {
+                to: peer.edge,
+                message,
+            });
+        } else {
+            self.waiting.push_back(Waiting {
+                after: self.assigned,
+                to: peer.edge,
+                message,
+                since: Some(known).filter(|_| effects.is_empty()),
+            });
+        }
+        effects
+    }
+
+    /// Shows the last committed state to those who wait for a later one.
+    fn store_away(&mut self) -> Vec<Effect> {
+        self.store_away = true;
+        let mut effects = Vec::new();
+        for waiting in &mut self.waiting {
+            if let Some(since) = waiting.since.take()
+                && let ToEdge::Step2 { connection, .. } = waiting.message
+                && let Some(committed) = self.past.at(self.committed)
+            {
+                let update = committed.transact().encode_state_as_update_v1(&since);
+                let message = ToEdge::CommittedStep2 {
+                    connection,
+                    update: update.into(),
+                };
+                effects.push(Effect::Send {
+                    to: waiting.to,
+                    message,
+                });
+            }
+        }
+        effects
     }
 
     fn update(&mut self, peer: Peer, number: u64, kind: UpdateKind, update: Bytes) -> Vec<Effect> {
@@ -435,7 +537,14 @@ impl Document {
             }
             UpdateKind::Update => {}
         }
+        if self.intake == Intake::Closed {
+            socket.stuck = true;
+            return vec![Effect::NotAdmitted { reason: "unsaved" }];
+        }
         let author = socket.author.clone();
+        if self.read_only && !self.is_known(&update) {
+            return vec![Effect::NotAdmitted { reason: "degraded" }];
+        }
         match self.admit(&update) {
             Admission::Added => {
                 if let Some(socket) = self.sockets.get_mut(&peer) {
@@ -578,35 +687,92 @@ impl Document {
 
     fn committed(&mut self, seq: Seq) -> Vec<Effect> {
         self.committed = self.committed.max(seq);
+        self.store_away = false;
+        self.past.rest();
+        if self.is_settled() && self.past.is_long() {
+            self.past.begin_with(self.committed, self.encode_state());
+        }
         let mut effects = Vec::new();
-        while self
+        while let Some(Waiting { to, message, .. }) = self
             .waiting
-            .front()
-            .is_some_and(|waiting| waiting.after <= self.committed)
+            .pop_front_if(|waiting| waiting.after <= self.committed)
         {
-            if let Some(Waiting { to, message, .. }) = self.waiting.pop_front() {
-                effects.push(Effect::Send { to, message });
+            effects.push(Effect::Send { to, message });
+        }
+        while let Some((_, bytes)) = self
+            .uncommitted
+            .pop_front_if(|(seq, _)| *seq <= self.committed)
+        {
+            self.uncommitted_bytes -= bytes;
+        }
+        // Half of the bound, or it would go on and off with each commit.
+        let room = self.uncommitted_bytes <= UNCOMMITTED_BYTES_MAX / 2
+            && self.uncommitted.len() <= UNCOMMITTED_UPDATES_MAX / 2;
+        if room && self.intake != Intake::Open {
+            let was = std::mem::replace(&mut self.intake, Intake::Open);
+            effects.extend(self.to_all(&ToEdge::Resume));
+            if was == Intake::Closed {
+                effects.extend(self.ask_the_stuck());
             }
         }
         effects
+    }
+
+    /// Has fewer edits taken as more of them wait for their commit.
+    fn limit_intake(&mut self) -> Vec<Effect> {
+        let (updates, bytes) = (self.uncommitted.len(), self.uncommitted_bytes);
+        let intake = if UNSAVED_UPDATES_MAX <= updates || UNSAVED_BYTES_MAX <= bytes {
+            Intake::Closed
+        } else if UNCOMMITTED_UPDATES_MAX <= updates || UNCOMMITTED_BYTES_MAX <= bytes {
+            Intake::Paused
+        } else {
+            Intake::Open
+        };
+        let was = self.intake;
+        self.intake = was.max(intake);
+        if was == Intake::Open && self.intake != Intake::Open {
+            self.to_all(&ToEdge::Pause)
+        } else {
+            Vec::new()
+        }
+    }
+
+    fn to_all(&self, message: &ToEdge) -> Vec<Effect> {
+        let edges = self.edges.iter();
+        let sends = edges.map(|edge| Effect::Send {
+            to: *edge,
+            message: message.clone(),
+        });
+        sends.collect()
     }
 
     /// Gives an update that was applied its position in the log.
     fn added(&mut self, from: Option<Peer>, update: Bytes, author: String) -> Vec<Effect> {
         self.assigned = self.assigned.next();
         let seq = self.assigned;
+        self.past.push(seq, &update);
+        self.uncommitted.push_back((seq, update.len()));
+        self.uncommitted_bytes += update.len();
         let fan_out = Effect::FanOut {
             from,
             update: update.clone(),
         };
-        vec![
-            fan_out,
-            Effect::Append {
-                seq,
-                update,
-                author,
-            },
-        ]
+        let append = Effect::Append {
+            seq,
+            update,
+            author,
+        };
+        let mut effects = vec![fan_out, append];
+        effects.extend(self.limit_intake());
+        effects
+    }
+
+    /// Whether an update surely adds nothing.
+    fn is_known(&self, update: &[u8]) -> bool {
+        let scan = scan::scan_update(update);
+        scan.is_ok_and(|scan| {
+            scan.novelty(|client| self.places.next_clock(client)) == Novelty::Nothing
+        })
     }
 
     fn restore(&mut self, state: &[u8]) -> Vec<Effect> {
@@ -689,6 +855,7 @@ impl Document {
             after: self.assigned,
             to,
             message,
+            since: None,
         });
         None
     }
@@ -815,6 +982,7 @@ mod tests {
     use yrs::{ClientID, GetString, Text};
 
     use super::*;
+    use crate::limits::PAST_BYTES_MIN;
 
     const EDGE: EdgeId = EdgeId(1);
     const OTHER_EDGE: EdgeId = EdgeId(2);
@@ -1055,6 +1223,167 @@ mod tests {
     }
 
     #[test]
+    fn while_the_store_is_away_a_newcomer_gets_what_is_committed_and_then_the_rest() {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        let old = typist.types("old");
+        document.handle(update(ALICE, 2, &old));
+        document.handle(committed(1));
+        // What is deleted without a commit is still shown.
+        let deleted = typist.deletes(0, 2);
+        let lost = typist.types(" new");
+        document.handle(update(ALICE, 3, &deleted));
+        assert_eq!(
+            document.handle(update(ALICE, 4, &lost)),
+            [fan_out(ALICE, &lost), append(3, &lost)],
+            "edits are relayed all the same"
+        );
+        assert_eq!(document.handle(step1(BOB)), [], "a commit is on its way");
+        let shown = |effects: &[Effect]| match effects {
+            [
+                Effect::Send {
+                    to: OTHER_EDGE,
+                    message: ToEdge::CommittedStep2 { update, .. },
+                },
+            ] => text_of(&[update]),
+            other => panic!("a committed step 2, not {other:?}"),
+        };
+        assert_eq!(shown(&document.handle(Input::StoreAway)), "old");
+        assert_eq!(document.handle(Input::StoreAway), [], "once");
+        assert_eq!(shown(&document.handle(step1(BOB))), "old", "the next one");
+        // A part is committed after all: the next one sees it.
+        document.handle(committed(2));
+        document.handle(Input::StoreAway);
+        assert_eq!(shown(&document.handle(step1(BOB))), "d");
+        let effects = document.handle(committed(3));
+        let rests: Vec<&Bytes> = effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Send {
+                    message: ToEdge::Step2 { update, .. },
+                    ..
+                } => Some(update),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(rests.len(), 3, "{effects:?}");
+        assert_eq!(text_of(&[&old, rests[1]]), "d new");
+        assert_eq!(text_of(&[&old, &deleted, rests[2]]), "d new");
+        assert!(effects.contains(&receipt(ALICE, 4)));
+    }
+
+    #[test]
+    fn the_past_is_replayed_from_a_snapshot_too_and_kept_short() {
+        let mut typist = Typist::new(1);
+        let first = typist.types("a");
+        let state = typist.everything();
+        let second = typist.types("b");
+        let log = [(Seq(2), second)];
+        let mut document = Document::open(Epoch(1), Some((Seq(1), &state)), &log, Seq(2)).unwrap();
+        document.handle(Input::Attach {
+            edge: EDGE,
+            since: Bytes::new(),
+        });
+        document.handle(Input::Join {
+            peer: ALICE,
+            author: String::new(),
+        });
+        document.handle(step2(ALICE, 1, &Bytes::from_static(NOTHING)));
+        document.set_snapshot(Seq(2), typist.everything());
+        let big = "x".repeat(PAST_BYTES_MIN);
+        for seq in 3..=5 {
+            document.handle(update(ALICE, 2, &typist.types(&big)));
+            document.handle(committed(seq));
+        }
+        document.handle(update(ALICE, 5, &typist.types("unsaved")));
+        document.handle(Input::StoreAway);
+        let effects = document.handle(step1(ALICE));
+        let Effect::Send {
+            message: ToEdge::CommittedStep2 { update, .. },
+            ..
+        } = &effects[0]
+        else {
+            panic!("a committed step 2, not {effects:?}");
+        };
+        assert_eq!(text_of(&[update]), format!("ab{}", big.repeat(3)));
+        drop(first);
+    }
+
+    #[test]
+    fn what_waits_for_its_commit_is_bounded_and_nothing_that_was_not_taken_is_forgotten() {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        let count = |effects: &[Effect], wanted: &ToEdge| {
+            let sent = effects.iter().filter(
+                |effect| matches!(effect, Effect::Send { message, .. } if message == wanted),
+            );
+            sent.count()
+        };
+        let mut pauses = 0;
+        for number in 1..=UNSAVED_UPDATES_MAX {
+            let effects = document.handle(update(ALICE, number as u64 + 1, &typist.types("x")));
+            assert!(matches!(effects[1], Effect::Append { .. }));
+            pauses += count(&effects, &ToEdge::Pause);
+            assert_eq!(
+                pauses,
+                if number < UNCOMMITTED_UPDATES_MAX {
+                    0
+                } else {
+                    2
+                }
+            );
+        }
+        let late = typist.types("late");
+        let number = UNSAVED_UPDATES_MAX as u64 + 2;
+        assert_eq!(
+            document.handle(update(ALICE, number, &late)),
+            [Effect::NotAdmitted { reason: "unsaved" }]
+        );
+        let all = i64::try_from(UNSAVED_UPDATES_MAX).unwrap();
+        let effects = document.handle(committed(all - 600));
+        assert_eq!(count(&effects, &ToEdge::Resume), 0, "not yet");
+        let effects = document.handle(committed(all - 500));
+        assert_eq!(count(&effects, &ToEdge::Resume), 2);
+        assert!(
+            matches!(
+                effects.last(),
+                Some(Effect::Send {
+                    to: EDGE,
+                    message: ToEdge::Step1 { .. }
+                })
+            ),
+            "what was not taken is asked for: {effects:?}"
+        );
+        let effects = document.handle(step2(ALICE, number + 1, &late));
+        assert!(matches!(effects[1], Effect::Append { .. }));
+    }
+
+    #[test]
+    fn a_read_only_document_takes_nothing_and_acknowledges_what_it_has() {
+        let mut typist = Typist::new(1);
+        let good = typist.types("good");
+        let log = [(Seq(1), good.clone())];
+        let mut document = Document::open(Epoch(1), None, &log, Seq(1)).unwrap();
+        document.set_read_only();
+        document.handle(Input::Attach {
+            edge: EDGE,
+            since: Bytes::new(),
+        });
+        document.handle(Input::Join {
+            peer: ALICE,
+            author: String::new(),
+        });
+        assert_eq!(document.handle(step2(ALICE, 1, &good)), [receipt(ALICE, 1)]);
+        for bytes in [typist.types("more"), typist.deletes(0, 2)] {
+            assert_eq!(
+                document.handle(update(ALICE, 2, &bytes)),
+                [Effect::NotAdmitted { reason: "degraded" }]
+            );
+        }
+        assert_eq!(document.text("quill"), "good");
+    }
+
+    #[test]
     fn malformed_bytes_close_their_socket_and_change_nothing() {
         let mut document = shared_by_alice_and_bob();
         for bytes in [
@@ -1209,6 +1538,14 @@ mod tests {
         fn deletes_first(&mut self) {
             let quill = self.0.get_or_insert_text("quill");
             quill.remove_range(&mut self.0.transact_mut(), 0, 1);
+        }
+
+        /// Deletes and answers the update.
+        fn deletes(&mut self, index: u32, length: u32) -> Bytes {
+            let quill = self.0.get_or_insert_text("quill");
+            let mut txn = self.0.transact_mut();
+            quill.remove_range(&mut txn, index, length);
+            txn.encode_update_v1().into()
         }
 
         fn receives(&mut self, update: &[u8]) {

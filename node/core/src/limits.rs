@@ -66,6 +66,17 @@ pub const BATCHES_IN_FLIGHT_MAX: usize = 2;
 pub const UNCOMMITTED_UPDATES_MAX: usize = 1_000;
 /// Bytes of one document that may wait for their commit before its sockets are no longer read.
 pub const UNCOMMITTED_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Updates of one document that may wait for their commit before no more are taken. Between the two bounds lies
+/// what was on its way when the sockets were no longer read.
+pub const UNSAVED_UPDATES_MAX: usize = 8_000;
+/// Bytes of one document that may wait for their commit before no more are taken.
+pub const UNSAVED_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Bytes of updates that are kept beside a state until a new state takes their place; or twice those of the state.
+pub const PAST_BYTES_MIN: usize = 256 * 1024;
+/// Frames that may wait for a socket before it gets the difference instead.
+pub const SOCKET_QUEUE_FRAMES_MAX: usize = 8_192;
+/// Bytes that may wait for a socket before it gets the difference instead.
+pub const SOCKET_QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Log rows after the newest snapshot that make a new one due.
 pub const SNAPSHOT_AFTER_UPDATES: i64 = 500;
 /// Snapshots of a document that are kept.
@@ -129,6 +140,12 @@ const _: () = assert!(LEASE_RENEW_EVERY.as_millis() < EARLY_FENCE_AGE.as_millis(
 const _: () = assert!(EARLY_FENCE_AGE.as_millis() * 2 < LEASE.as_millis());
 // Of two faults within one lease at most one is answered by haste.
 const _: () = assert!(LEASE.as_millis() < EARLY_FENCE_EVERY.as_millis());
+// Sockets are asked to stop before anything is refused.
+const _: () = assert!(UNCOMMITTED_UPDATES_MAX < UNSAVED_UPDATES_MAX);
+const _: () = assert!(UNCOMMITTED_BYTES_MAX < UNSAVED_BYTES_MAX);
+// A batch must not be what pauses its document.
+const _: () = assert!(BATCH_UPDATES_MAX <= UNCOMMITTED_UPDATES_MAX);
+const _: () = assert!(BATCH_BYTES_MAX < UNCOMMITTED_BYTES_MAX);
 // The y-websocket client drops a socket after 30 s of silence.
 const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
 const _: () = assert!(SLOTS_MIN.is_power_of_two() && SLOTS_MAX.is_power_of_two());

@@ -52,14 +52,10 @@ impl Preloads {
         let Ok(_turn) = self.turns.acquire().await else {
             return;
         };
-        if let Ok(Loaded::Live {
-            room_epoch,
-            snapshot,
-            log,
-            last,
-        }) = super::load(store, bus, id).await
-            && let Ok(document) = super::replayed(tasks, Epoch(0), snapshot, log, last).await
+        if let Ok(Loaded::Live(content)) = super::load(store, bus, id).await
+            && let Ok(document) = super::replayed(tasks, Epoch(0), &content).await
         {
+            let room_epoch = content.room_epoch;
             let preloaded = Preloaded {
                 document,
                 room_epoch,

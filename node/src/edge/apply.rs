@@ -60,10 +60,11 @@ impl Edge {
         if update.as_ref() == NO_EDITS {
             return Ok(());
         }
-        let (out, queue) = mpsc::channel(256);
+        let (out, queue) = mpsc::unbounded_channel();
         let (ends, ended) = mpsc::unbounded_channel();
         let line = Line {
             out,
+            backlog: Arc::default(),
             ends,
             credit: Arc::new(Semaphore::new(1)),
         };
@@ -80,7 +81,7 @@ async fn until_saved(
     membership: &Membership,
     scan: &Scan<'_>,
     update: &Bytes,
-    mut queue: mpsc::Receiver<Bytes>,
+    mut queue: mpsc::UnboundedReceiver<Bytes>,
     mut ended: mpsc::UnboundedReceiver<(collab_core::ids::ConnectionId, Close)>,
 ) -> Result<(), ApplyError> {
     loop {

@@ -270,10 +270,11 @@ impl Hocuspocus {
     }
 
     fn put(&self, frame: Bytes) -> Result<(), Close> {
-        self.line
-            .out
-            .try_send(frame)
-            .map_err(|_| Close::new(CLOSE_TRY_AGAIN, "this socket is too slow"))
+        if self.line.backlog.is_full() {
+            return Err(Close::new(CLOSE_TRY_AGAIN, "this socket is too slow"));
+        }
+        self.line.put(frame);
+        Ok(())
     }
 
     /// Asks for tokens that are about to end, and ends the access of those that have.
@@ -289,10 +290,7 @@ impl Hocuspocus {
             } else if until <= now + RENEW_BEFORE && !held.asked_for_token {
                 held.asked_for_token = true;
                 let frame = hocuspocus::token_request(address);
-                self.line
-                    .out
-                    .try_send(frame)
-                    .map_err(|_| Close::new(CLOSE_TRY_AGAIN, "this socket is too slow"))?;
+                self.line.put(frame);
             }
         }
         for address in ended {

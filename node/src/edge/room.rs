@@ -11,7 +11,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use collab_core::ids::{ConnectionId, DocumentId, Epoch, Slot};
-use collab_core::limits::{KEEPALIVE_AFTER, UNCOMMITTED_BYTES_MAX};
+use collab_core::limits::{
+    FRAME_BYTES_MAX, KEEPALIVE_AFTER, SOCKET_QUEUE_BYTES_MAX, UNCOMMITTED_BYTES_MAX,
+    UNSAVED_BYTES_MAX,
+};
 use collab_core::scan;
 use collab_core::wire::hocuspocus::Status;
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable, UpdateKind};
@@ -58,6 +61,10 @@ pub(super) enum FromSocket {
     Leave {
         connection: ConnectionId,
     },
+    /// Everything that waited for the socket is sent.
+    Drained {
+        connection: ConnectionId,
+    },
     Step1 {
         connection: ConnectionId,
         state_vector: Bytes,
@@ -92,6 +99,7 @@ impl FromSocket {
             Self::Join { connection, .. }
             | Self::Admit { connection, .. }
             | Self::Leave { connection }
+            | Self::Drained { connection }
             | Self::Step1 { connection, .. }
             | Self::Update { connection, .. }
             | Self::Awareness { connection, .. }
@@ -145,6 +153,7 @@ pub(super) struct Room {
     slot: Slot,
     id: u64,
     inputs: mpsc::UnboundedReceiver<FromSocket>,
+    own_inputs: mpsc::WeakUnboundedSender<FromSocket>,
     sockets: BTreeMap<ConnectionId, Socket>,
     upstream: Option<Upstream>,
     retry_at: Instant,
@@ -162,6 +171,11 @@ pub(super) struct Room {
     /// Sockets of clients that have what was deleted. They stay denied: in another life of the document
     /// they would bring it back.
     outlived: BTreeMap<ConnectionId, Socket>,
+    /// Why edits are refused, if they are; of the present owner, and of the one that is about to answer.
+    read_only: Option<String>,
+    coming_read_only: Option<String>,
+    /// Too much waits for its commit.
+    paused: bool,
     empty_since: Instant,
 }
 
@@ -199,12 +213,16 @@ struct Socket {
     line: Line,
     /// It was told to end.
     ended: bool,
-    /// The client's state vector, until its step 2 is sent.
+    /// The client's state vector, until its whole step 2 is sent.
     step1: Option<Bytes>,
-    /// It got its step 2: edits may follow.
-    synced: bool,
+    feed: Feed,
     /// Edits that wait for the step 2.
     held: Vec<Bytes>,
+    held_bytes: usize,
+    /// Credit that it does not get back for now.
+    withheld: usize,
+    /// The document takes no edits for now.
+    paused: bool,
     /// Steps 1 of the present owner that it was sent and has not answered.
     asked: u32,
     /// Answers still to come to earlier owners. They leave out what those had, which may be lost.
@@ -217,6 +235,28 @@ struct Socket {
     owed_bytes: usize,
     awareness: Option<Bytes>,
     last_out: Instant,
+}
+
+/// How edits of others come to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Feed {
+    /// After its step 2, which is awaited.
+    Held,
+    /// They are left out, and the step 2 that is awaited may not have them: another one is needed.
+    Missed,
+    /// At once.
+    Live,
+    /// It could not follow. They are left out until all that waits for it is sent; then it gets the difference.
+    Behind,
+}
+
+/// How much a step 2 has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sync {
+    /// All that the client lacks.
+    Whole,
+    /// What is committed of that; the rest follows.
+    Committed,
 }
 
 /// What a socket gets once everything up to `number` is durable.
@@ -246,6 +286,7 @@ impl Room {
         document: DocumentId,
         id: u64,
         inputs: mpsc::UnboundedReceiver<FromSocket>,
+        own_inputs: mpsc::WeakUnboundedSender<FromSocket>,
     ) -> Self {
         let slot = edge.members.slot_of(&document);
         Self {
@@ -254,6 +295,7 @@ impl Room {
             slot,
             id,
             inputs,
+            own_inputs,
             sockets: BTreeMap::new(),
             upstream: None,
             retry_at: Instant::now(),
@@ -263,6 +305,9 @@ impl Room {
             denied: None,
             deleted: false,
             outlived: BTreeMap::new(),
+            read_only: None,
+            coming_read_only: None,
+            paused: false,
             empty_since: Instant::now(),
         }
     }
@@ -310,7 +355,11 @@ impl Room {
             self.edge.members.look_now();
             return;
         }
-        let synced = self.sockets.values().any(|socket| socket.synced);
+        // The others get a step 2 of their own.
+        let synced = self
+            .sockets
+            .values()
+            .any(|socket| socket.feed == Feed::Live && socket.step1.is_none());
         let since = if synced {
             self.delivered.encode_v1().into()
         } else {
@@ -356,10 +405,16 @@ impl Room {
         self.catching_up = None;
         self.retry_at = Instant::now() + pause;
         self.edge.members.look_now();
+        self.coming_read_only = None;
+        self.paused = false;
         for socket in self.sockets.values_mut() {
-            socket.held.clear();
+            socket.drop_held();
+            if socket.feed == Feed::Missed {
+                socket.feed = Feed::Held;
+            }
             socket.asked_before += std::mem::take(&mut socket.asked);
             socket.release_credit();
+            socket.pause(false);
         }
     }
 
@@ -397,6 +452,7 @@ impl Room {
                         socket.tell(Told::Granted(access));
                     }
                 }
+                self.set_read_only();
                 let state_vector = StateVector::decode_v1(&state_vector).unwrap_or_default();
                 if self.catching_up.is_none() {
                     self.delivered.merge(state_vector);
@@ -409,7 +465,13 @@ impl Room {
                 Some(waiting) => waiting.push((except, update)),
                 None => self.fan_out(except, &update),
             },
-            ToEdge::Presence { payload } => self.tell_all(None, Told::Presence(&payload)),
+            ToEdge::Presence { payload } => {
+                let mut shared = Shared::new(Told::Presence(&payload));
+                let following = self.sockets.values_mut();
+                for socket in following.filter(|socket| socket.feed != Feed::Behind) {
+                    socket.tell_shared(&mut shared);
+                }
+            }
             ToEdge::PresenceTo {
                 connection,
                 payload,
@@ -426,14 +488,20 @@ impl Room {
                 socket.release_credit();
                 socket.tell(Told::Step1(&state_vector));
             }),
-            ToEdge::Step2 { connection, update } => self.with(connection, |socket| {
-                socket.tell(Told::Step2(&update));
-                socket.step1 = None;
-                socket.synced = true;
-                for frame in std::mem::take(&mut socket.held) {
-                    socket.put(frame);
+            ToEdge::Step2 { connection, update } => {
+                self.with(connection, |socket| socket.sync(&update, Sync::Whole));
+                self.ask_again(connection);
+            }
+            ToEdge::CommittedStep2 { connection, update } => {
+                self.with(connection, |socket| socket.sync(&update, Sync::Committed));
+            }
+            ToEdge::Pause | ToEdge::Resume => {
+                self.paused = message == ToEdge::Pause;
+                for socket in self.sockets.values_mut() {
+                    socket.pause(self.paused);
                 }
-            }),
+            }
+            ToEdge::ReadOnly { reason } => self.coming_read_only = Some(reason),
             ToEdge::Receipt { connection, upto } => {
                 let ack_seconds = self.edge.metrics.ack_seconds.clone();
                 self.with(connection, |socket| socket.receipted(upto, &ack_seconds));
@@ -480,10 +548,23 @@ impl Room {
         self.delivered = StateVector::default();
     }
 
+    /// Tells clients that their edits are refused, or are not any more.
+    fn set_read_only(&mut self) {
+        let coming = self.coming_read_only.take();
+        if self.read_only != coming {
+            for socket in self.sockets.values_mut() {
+                socket.tell_read_only(coming.as_deref());
+            }
+            self.read_only = coming;
+        }
+    }
+
     fn caught_up(&mut self, update: &Bytes) {
         let mut shared = Shared::new(Told::Update(update));
-        for socket in self.sockets.values_mut().filter(|socket| socket.synced) {
-            socket.tell_shared(&mut shared);
+        for socket in self.sockets.values_mut() {
+            if socket.feed == Feed::Live {
+                socket.tell_shared(&mut shared);
+            }
         }
         if let Some(upstream) = &mut self.upstream {
             self.delivered
@@ -500,16 +581,44 @@ impl Room {
             if Some(*connection) == except {
                 continue;
             }
-            if socket.synced {
-                socket.tell_shared(&mut shared);
-            } else {
-                socket.held.extend(shared.frame(&socket.family));
+            match socket.feed {
+                Feed::Held => socket.hold(shared.frame(&socket.family)),
+                Feed::Live if socket.line.backlog.is_full() => {
+                    self.edge.metrics.sockets_behind.inc();
+                    socket.fall_behind(&self.delivered, &self.own_inputs);
+                }
+                Feed::Live => socket.tell_shared(&mut shared),
+                Feed::Missed | Feed::Behind => {}
             }
         }
         if let Ok(scan) = scan::scan_update(update) {
             for (client, end) in scan.client_ends() {
                 self.delivered.set_max(ClientID::new(client), end);
             }
+        }
+    }
+
+    /// A socket that has taken all that it was sent gets what it was not sent.
+    fn drained(&mut self, connection: ConnectionId) {
+        if let Some(socket) = self.sockets.get_mut(&connection)
+            && socket.feed == Feed::Behind
+        {
+            socket.feed = Feed::Held;
+            self.ask_again(connection);
+            self.to_owner(ToOwner::QueryAwareness { connection });
+        }
+    }
+
+    /// Asks for a step 2 if edits were left out.
+    fn ask_again(&mut self, connection: ConnectionId) {
+        if let Some(socket) = self.sockets.get(&connection)
+            && socket.feed == Feed::Held
+            && let Some(state_vector) = socket.step1.clone()
+        {
+            self.to_owner(ToOwner::Step1 {
+                connection,
+                state_vector,
+            });
         }
     }
 
@@ -526,11 +635,15 @@ impl Room {
                 line,
             } => {
                 let mut socket = Socket::new(connection, visitor, family, line);
+                socket.pause(self.paused);
                 for message in socket.introduction() {
                     self.to_owner(message);
                 }
                 if let Some(reason) = &self.denied {
                     socket.tell(Told::Denied(reason));
+                }
+                if let Some(reason) = &self.read_only {
+                    socket.tell_read_only(Some(reason));
                 }
                 self.sockets.insert(connection, socket);
             }
@@ -551,6 +664,7 @@ impl Room {
                 self.empty_since = Instant::now();
                 self.to_owner(ToOwner::Leave { connection });
             }
+            FromSocket::Drained { connection } => self.drained(connection),
             FromSocket::Step1 {
                 connection,
                 state_vector,
@@ -633,13 +747,18 @@ impl Room {
             return;
         };
         let access = socket.visitor.access;
-        if access == Access::Read && kind == UpdateKind::Update {
+        let refused = match (access, &self.read_only) {
+            (Access::Read, _) => Some("read_only"),
+            (Access::Write, Some(_)) => Some("degraded"),
+            (Access::Write, None) => None,
+        };
+        // An answer to the owner may add nothing, which is a receipt for what the client has.
+        if let Some(reason) = refused
+            && kind == UpdateKind::Update
+        {
             socket.refuse_update();
-            self.edge
-                .metrics
-                .updates_refused
-                .with_label_values(&["read_only"])
-                .inc();
+            let refused = &self.edge.metrics.updates_refused;
+            refused.with_label_values(&[reason]).inc();
             return;
         }
         let Some(number) = socket.take_update(kind, &update, attached) else {
@@ -700,8 +819,11 @@ impl Socket {
             line,
             ended: false,
             step1: None,
-            synced: false,
+            feed: Feed::Held,
             held: Vec::new(),
+            held_bytes: 0,
+            withheld: 0,
+            paused: false,
             asked: 0,
             asked_before: 0,
             sent: 0,
@@ -717,7 +839,7 @@ impl Socket {
     /// Whether its client has anything of the document.
     fn has_content(&self) -> bool {
         let step1 = self.step1.as_deref();
-        self.synced || step1.is_some_and(|state_vector| state_vector != NOTHING)
+        self.feed == Feed::Live || step1.is_some_and(|state_vector| state_vector != NOTHING)
     }
 
     /// What an owner that does not know this socket is to be told.
@@ -727,7 +849,8 @@ impl Socket {
             connection,
             author: self.visitor.author.clone(),
         };
-        let step1 = self.step1.clone().filter(|_| !self.synced);
+        // Who is behind asks when all that waits for it is sent.
+        let step1 = self.step1.clone().filter(|_| self.feed != Feed::Behind);
         let step1 = step1.map(|state_vector| ToOwner::Step1 {
             connection,
             state_vector,
@@ -756,11 +879,69 @@ impl Socket {
 
     fn put(&mut self, frame: Bytes) {
         self.last_out = Instant::now();
-        if self.line.out.try_send(frame).is_err() {
-            self.kick(
-                CLOSE_TRY_AGAIN,
-                "this socket is too slow; it gets the difference when it comes back",
-            );
+        self.line.put(frame);
+    }
+
+    /// Sends a step 2 and what waited for it.
+    fn sync(&mut self, update: &Bytes, sync: Sync) {
+        self.tell(Told::Step2(update));
+        match self.feed {
+            Feed::Held | Feed::Live => self.feed = Feed::Live,
+            // These ask again.
+            Feed::Missed => return self.feed = Feed::Held,
+            Feed::Behind => return,
+        }
+        if sync == Sync::Whole {
+            self.step1 = None;
+        }
+        for frame in self.drop_held() {
+            self.put(frame);
+        }
+    }
+
+    /// Keeps an edit until the step 2 is sent, or has it asked for again when there are too many.
+    fn hold(&mut self, frame: Option<Bytes>) {
+        self.held_bytes += frame.as_ref().map_or(0, Bytes::len);
+        self.held.extend(frame);
+        if SOCKET_QUEUE_BYTES_MAX < self.held_bytes {
+            self.drop_held();
+            self.feed = Feed::Missed;
+        }
+    }
+
+    fn drop_held(&mut self) -> Vec<Bytes> {
+        self.held_bytes = 0;
+        std::mem::take(&mut self.held)
+    }
+
+    /// Leaves edits out from here on; `delivered` is what the client has once it has taken what waits for it,
+    /// which `room` is told.
+    fn fall_behind(
+        &mut self,
+        delivered: &StateVector,
+        room: &mpsc::WeakUnboundedSender<FromSocket>,
+    ) {
+        // It may lack part of that, if its whole step 2 is still to come.
+        self.step1
+            .get_or_insert_with(|| delivered.encode_v1().into());
+        self.feed = Feed::Behind;
+        if let Some(room) = room.upgrade() {
+            self.line.backlog.awaited().push((room, self.connection));
+        }
+        // All of it may have been sent just now: there must be an end that is seen.
+        self.tell(Told::Alive);
+    }
+
+    /// The document is read-only for a reason, or is not any more.
+    fn tell_read_only(&mut self, reason: Option<&str>) {
+        match (reason, &self.family) {
+            // Its "denied" speaks of the whole document.
+            (Some(_), Family::Hocuspocus { .. }) => self.tell(Told::Granted(Access::Read)),
+            (Some(reason), _) => self.tell(Told::Denied(reason)),
+            (None, _) => {
+                self.tell(Told::Granted(self.visitor.access));
+                self.admit(self.visitor.clone());
+            }
         }
     }
 
@@ -814,7 +995,7 @@ impl Socket {
     /// A change that it may not make takes a number, which nothing receipts.
     fn refuse_update(&mut self) {
         self.sent += 1;
-        self.line.credit.add_permits(1);
+        self.give_back(1);
         if let Family::Hocuspocus { .. } = self.family {
             self.refused = self.refused.saturating_add(1);
             self.tell(Told::Status(Status::Refused));
@@ -835,9 +1016,6 @@ impl Socket {
         let bytes = if has_edits { update.len() } else { 0 };
         self.owed_bytes += bytes;
         let holds_credit = attached && !late && self.asked == 0;
-        if !holds_credit {
-            self.line.credit.add_permits(1);
-        }
         self.owed.push_back(Owed {
             number: self.sent,
             receipt: self.receipt_for(kind, update),
@@ -845,7 +1023,9 @@ impl Socket {
             since: Instant::now(),
             holds_credit,
         });
-        if UNCOMMITTED_BYTES_MAX < self.owed_bytes && self.owed.len() > 1 {
+        self.give_back(usize::from(!holds_credit));
+        // It goes on sending instead of answering what it was asked.
+        if UNSAVED_BYTES_MAX + FRAME_BYTES_MAX < self.owed_bytes {
             self.kick(
                 CLOSE_TRY_AGAIN,
                 "too much is waiting to be saved; try again",
@@ -899,9 +1079,7 @@ impl Socket {
             let Some(owed) = self.owed.pop_front() else {
                 return;
             };
-            if owed.holds_credit {
-                self.line.credit.add_permits(1);
-            }
+            self.withheld += usize::from(owed.holds_credit);
             if 0 < owed.bytes {
                 self.owed_bytes -= owed.bytes;
                 ack_seconds.observe(owed.since.elapsed().as_secs_f64());
@@ -913,12 +1091,40 @@ impl Socket {
                 Receipt::Silent => {}
             }
         }
+        self.give_back(0);
     }
 
     fn release_credit(&mut self) {
+        let mut released = 0;
         for owed in self.owed.iter_mut().filter(|owed| owed.holds_credit) {
             owed.holds_credit = false;
-            self.line.credit.add_permits(1);
+            released += 1;
+        }
+        self.give_back(released);
+    }
+
+    fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+        self.give_back(0);
+    }
+
+    /// Gives back the right to send updates, unless too many wait for their receipts.
+    fn give_back(&mut self, updates: usize) {
+        self.withheld += updates;
+        let credit = &self.line.credit;
+        let stop = self.paused || (UNCOMMITTED_BYTES_MAX < self.owed_bytes && self.asked == 0);
+        if !stop {
+            credit.add_permits(std::mem::take(&mut self.withheld));
+            return;
+        }
+        // Nobody could join else.
+        let keep = usize::from(self.owed.is_empty());
+        let had = credit.available_permits();
+        if keep < had {
+            self.withheld += credit.forget_permits(had - keep);
+        } else if had < keep && 0 < self.withheld {
+            self.withheld -= 1;
+            credit.add_permits(1);
         }
     }
 }
@@ -926,6 +1132,8 @@ impl Socket {
 impl Drop for Socket {
     /// A room that ends without a word leaves sockets behind, which a reconnect mends. A client that has left hears nothing.
     fn drop(&mut self) {
+        // Its other documents may be edited.
+        self.line.credit.add_permits(self.withheld);
         self.kick(CLOSE_TRY_AGAIN, "try again");
     }
 }
@@ -1086,13 +1294,102 @@ mod tests {
         assert_eq!((connection, close.code), (CONNECTION, CLOSE_TRY_AGAIN));
     }
 
+    #[test]
+    fn a_socket_that_cannot_follow_is_sent_one_difference_when_it_has_caught_up() {
+        let (mut socket, mut queue) = socket(Family::YWebsocket, Access::Write);
+        let (room, mut told) = mpsc::unbounded_channel();
+        socket.feed = Feed::Live;
+        let delivered = StateVector::from_iter([(ClientID::new(1), 7)]);
+        while !socket.line.backlog.is_full() {
+            socket.put(Bytes::from_static(&[0; 4096]));
+        }
+        socket.fall_behind(&delivered, &room.downgrade());
+        assert_eq!(socket.step1, Some(delivered.encode_v1().into()));
+        let frames: Vec<Bytes> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+        let bytes = |frames: &[Bytes]| frames.iter().map(Bytes::len).sum();
+        let (most, last) = frames.split_at(frames.len() - 1);
+        socket.line.backlog.sent(most.len(), bytes(most));
+        assert!(told.try_recv().is_err());
+        socket.line.backlog.sent(1, bytes(last));
+        assert!(matches!(told.try_recv(), Ok(FromSocket::Drained { .. })));
+        assert!(!socket.line.backlog.is_full());
+        // The room asks for it from there on, and edits wait until it is here.
+        socket.feed = Feed::Held;
+        socket.hold(Some(Bytes::from_static(b"edit")));
+        socket.sync(&Bytes::from_static(b"difference"), Sync::Whole);
+        let sent: Vec<Bytes> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+        let difference = y_websocket::sync_step2(b"difference");
+        assert_eq!(sent, [difference, Bytes::from_static(b"edit")]);
+        assert!(socket.feed == Feed::Live && socket.step1.is_none());
+    }
+
+    #[test]
+    fn a_step_2_that_more_edits_followed_than_are_kept_is_asked_for_again() {
+        let (mut socket, _queue) = socket(Family::YWebsocket, Access::Write);
+        socket.step1 = Some(Bytes::from_static(&[0]));
+        socket.hold(Some(Bytes::from(vec![0; SOCKET_QUEUE_BYTES_MAX + 1])));
+        assert!(socket.held.is_empty());
+        socket.sync(&Bytes::from_static(b"old"), Sync::Whole);
+        assert!(socket.feed == Feed::Held && socket.step1.is_some());
+        socket.sync(&Bytes::from_static(b"new"), Sync::Whole);
+        assert!(socket.feed == Feed::Live && socket.step1.is_none());
+    }
+
+    #[test]
+    fn a_paused_socket_is_read_once_more_and_then_when_the_pause_is_over() {
+        let (mut socket, _queue) = socket(Family::YWebsocket, Access::Write);
+        let all = socket.line.credit.available_permits();
+        socket.pause(true);
+        assert_eq!(
+            socket.line.credit.available_permits(),
+            1,
+            "or nobody could join"
+        );
+        let take = |socket: &mut Socket| {
+            socket.line.credit.try_acquire().unwrap().forget();
+            socket.take_update(UpdateKind::Update, &update(1), true);
+        };
+        take(&mut socket);
+        assert_eq!(socket.line.credit.available_permits(), 0);
+        socket.pause(false);
+        assert_eq!(socket.line.credit.available_permits(), all - 1);
+        take(&mut socket);
+        socket.pause(true);
+        assert_eq!(socket.line.credit.available_permits(), 0);
+        socket.receipted(2, &seconds());
+        assert_eq!(socket.line.credit.available_permits(), 1);
+        socket.pause(false);
+        assert_eq!(socket.line.credit.available_permits(), all);
+    }
+
+    #[test]
+    fn an_edit_of_a_damaged_document_is_in_no_receipt_before_the_repair() {
+        let (mut socket, mut queue) = socket(Family::YSweet, Access::Write);
+        (socket.sent, socket.durable) = (1, 1);
+        socket.tell_read_only(Some("damaged"));
+        assert_eq!(
+            queue.try_recv(),
+            Ok(y_websocket::permission_denied("damaged"))
+        );
+        socket.refuse_update();
+        socket.ask_receipt(Bytes::from_static(b"\x02"));
+        socket.receipted(1, &seconds());
+        let alive = Bytes::from_static(y_websocket::KEEPALIVE);
+        assert_eq!(queue.try_recv(), Ok(alive));
+        assert!(queue.try_recv().is_err());
+        socket.tell_read_only(None);
+        socket.take_update(UpdateKind::Step2, &update(1), true);
+        socket.receipted(3, &seconds());
+        assert_eq!(queue.try_recv(), Ok(y_sweet::saved(b"\x02")));
+    }
+
     const CONNECTION: ConnectionId = ConnectionId(7);
 
-    fn socket(family: Family, access: Access) -> (Socket, mpsc::Receiver<Bytes>) {
+    fn socket(family: Family, access: Access) -> (Socket, mpsc::UnboundedReceiver<Bytes>) {
         socket_on(mpsc::unbounded_channel().0, family, access)
     }
 
-    fn hocuspocus(access: Access) -> (Socket, mpsc::Receiver<Bytes>) {
+    fn hocuspocus(access: Access) -> (Socket, mpsc::UnboundedReceiver<Bytes>) {
         let address = "notes".into();
         socket(Family::Hocuspocus { address }, access)
     }
@@ -1101,14 +1398,15 @@ mod tests {
         ends: mpsc::UnboundedSender<(ConnectionId, Close)>,
         family: Family,
         access: Access,
-    ) -> (Socket, mpsc::Receiver<Bytes>) {
-        let (out, queue) = mpsc::channel(8);
+    ) -> (Socket, mpsc::UnboundedReceiver<Bytes>) {
+        let (out, queue) = mpsc::unbounded_channel();
         let visitor = Visitor {
             author: String::new(),
             access,
         };
         let line = Line {
             out,
+            backlog: Arc::default(),
             ends,
             credit: Arc::new(Semaphore::new(8)),
         };

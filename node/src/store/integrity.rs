@@ -4,7 +4,7 @@ use bytes::Bytes;
 use collab_core::ids::{DocumentId, RoomEpoch, Seq};
 use sha2::{Digest, Sha256};
 
-use super::LoadError;
+use super::{Content, LoadError, Loaded, StoredSnapshot};
 
 /// Library that encodes our snapshots, as recorded beside them.
 pub(super) const LIBRARY: &str = "yrs 0.28.1";
@@ -35,46 +35,76 @@ pub(super) struct LogRow {
     pub(super) bytes: Vec<u8>,
 }
 
-/// Checks that `rows` follow `after` without a hole, have good checksums and reach at least
-/// `reach`; returns them and the last seq.
+/// The rows after a snapshot, as far as they are good.
+pub(super) struct Tail {
+    pub(super) log: Vec<(Seq, Bytes)>,
+    pub(super) last: Seq,
+    /// Where and why they are not good any more.
+    damage: Option<(Seq, String)>,
+}
+
+/// Takes the `rows` that follow `after` without a hole and have good checksums. They are damaged if that is
+/// not all of them, or they do not reach `reach`.
 ///
 /// `reach` is the newest seq that some snapshot speaks of, also one that does not verify: without
 /// its rows a bad snapshot would pass for a shorter document.
-pub(super) fn check_tail(
-    document: &DocumentId,
-    after: Seq,
-    reach: Seq,
-    rows: Vec<LogRow>,
-) -> Result<(Vec<(Seq, Bytes)>, Seq), LoadError> {
-    let damaged = |seq: Seq, reason: String| LoadError::Damaged {
-        document: document.clone(),
-        seq,
-        reason,
+pub(super) fn check_tail(after: Seq, reach: Seq, rows: Vec<LogRow>) -> Tail {
+    let mut tail = Tail {
+        log: Vec::with_capacity(rows.len()),
+        last: after,
+        damage: None,
     };
-    let mut last = after;
-    let mut log = Vec::with_capacity(rows.len());
     for row in rows {
-        let expected = last.next();
-        if Seq(row.seq) != expected {
-            return Err(damaged(
-                expected,
-                format!("the log goes on at seq {}", row.seq),
-            ));
+        let expected = tail.last.next();
+        let damage = if Seq(row.seq) != expected {
+            Some(format!("the log goes on at seq {}", row.seq))
+        } else if i64::from(crc32c::crc32c(&row.bytes)) != row.crc32c {
+            Some("the checksum of the update is wrong".to_owned())
+        } else {
+            None
+        };
+        if let Some(reason) = damage {
+            tail.damage = Some((expected, reason));
+            return tail;
         }
-        if i64::from(crc32c::crc32c(&row.bytes)) != row.crc32c {
-            return Err(damaged(
-                expected,
-                "the checksum of the update is wrong".to_owned(),
-            ));
+        tail.last = expected;
+        tail.log.push((expected, Bytes::from(row.bytes)));
+    }
+    if tail.last < reach {
+        let reason = format!("the log ends before the damaged snapshot at seq {reach}");
+        tail.damage = Some((tail.last.next(), reason));
+    }
+    tail
+}
+
+impl Tail {
+    /// The rows, if all of them are good.
+    pub(super) fn whole(self) -> Option<Vec<(Seq, Bytes)>> {
+        self.damage.is_none().then_some(self.log)
+    }
+
+    /// With what is before them, a document.
+    pub(super) fn after(
+        self,
+        document: &DocumentId,
+        room_epoch: RoomEpoch,
+        snapshot: Option<StoredSnapshot>,
+    ) -> Result<Loaded, LoadError> {
+        let Self { log, last, damage } = self;
+        let content = Content {
+            room_epoch,
+            snapshot,
+            log,
+            last,
+        };
+        match damage {
+            None => Ok(Loaded::Live(content)),
+            Some((seq, reason)) => Err(LoadError::Damaged {
+                document: document.clone(),
+                seq,
+                reason,
+                good: Box::new(content),
+            }),
         }
-        last = expected;
-        log.push((expected, Bytes::from(row.bytes)));
     }
-    if last < reach {
-        return Err(damaged(
-            last.next(),
-            format!("the log ends before the damaged snapshot at seq {reach}"),
-        ));
-    }
-    Ok((log, last))
 }

@@ -327,13 +327,7 @@ impl Rows {
             crc32c: i64::from(row.crc32c),
             bytes: row.bytes.to_vec(),
         });
-        let (log, last) = check_tail(id, after, reach, rows.collect())?;
-        Ok(Loaded::Live {
-            room_epoch,
-            snapshot,
-            log,
-            last,
-        })
+        check_tail(after, reach, rows.collect()).after(id, room_epoch, snapshot)
     }
 
     fn create(

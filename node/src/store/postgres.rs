@@ -627,9 +627,7 @@ impl Store for Postgres {
             }
         }
         // What does not join is judged by the load that follows.
-        Ok(check_tail(document, after, reach, tail)
-            .ok()
-            .map(|(log, _)| log))
+        Ok(check_tail(after, reach, tail).whole())
     }
 
     async fn create(
@@ -1423,13 +1421,7 @@ async fn load(
             })
         })
         .collect::<Result<_, StoreError>>()?;
-    let (log, last) = check_tail(document, after, reach, rows)?;
-    Ok(Loaded::Live {
-        room_epoch,
-        snapshot,
-        log,
-        last,
-    })
+    check_tail(after, reach, rows).after(document, room_epoch, snapshot)
 }
 
 /// Live documents after `$1`, or the one that `$2` names.

@@ -239,13 +239,7 @@ impl Store for Sqlite {
             })
         })
         .collect::<Result<_, StoreError>>()?;
-        let (log, last) = check_tail(document, after, reach, rows)?;
-        Ok(Loaded::Live {
-            room_epoch,
-            snapshot,
-            log,
-            last,
-        })
+        check_tail(after, reach, rows).after(document, room_epoch, snapshot)
     }
 
     async fn create(

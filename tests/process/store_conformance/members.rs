@@ -98,6 +98,7 @@ async fn a_superseded_process_is_no_member(bench: Bench) {
     let load = LoadSample {
         connections: 7,
         documents: 3,
+        degraded: 1,
         resident_bytes: 1 << 40,
     };
     let renewed = held(

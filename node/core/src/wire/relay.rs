@@ -197,6 +197,23 @@ pub enum ToEdge {
         /// A [`SharedMap`](super::map::SharedMap).
         map: Bytes,
     },
+    /// What the client lacks of the last committed state, while the store is away. A [`ToEdge::Step2`] follows:
+    /// edits that are fanned out meanwhile may build on what this leaves out.
+    CommittedStep2 {
+        /// The socket.
+        connection: ConnectionId,
+        /// V1 update.
+        update: Bytes,
+    },
+    /// Too much waits for its commit: read no more edits.
+    Pause,
+    /// Ends [`ToEdge::Pause`].
+    Resume,
+    /// What is stored is damaged, and what follows is its good part; edits are refused. Comes before [`ToEdge::Attached`].
+    ReadOnly {
+        /// For the client and the log.
+        reason: String,
+    },
 }
 
 /// Why a document cannot be served.
@@ -421,6 +438,10 @@ impl ToEdge {
             | Self::Step2 {
                 connection,
                 update: bytes,
+            }
+            | Self::CommittedStep2 {
+                connection,
+                update: bytes,
             } => {
                 out.put_u64_le(connection.0);
                 out.put_slice(bytes);
@@ -442,8 +463,9 @@ impl ToEdge {
                 });
                 out.put_slice(reason.as_bytes());
             }
-            Self::Preloaded => {}
             Self::Map { map } => out.put_slice(map),
+            Self::ReadOnly { reason } => out.put_slice(reason.as_bytes()),
+            Self::Preloaded | Self::Pause | Self::Resume => {}
         }
         out.freeze()
     }
@@ -520,6 +542,18 @@ impl ToEdge {
                 payload: rest,
             },
             46 => Self::Map { map: rest },
+            50 => {
+                let connection = connection(&mut rest)?;
+                Self::CommittedStep2 {
+                    connection,
+                    update: rest,
+                }
+            }
+            47 => Self::Pause,
+            48 => Self::Resume,
+            49 => Self::ReadOnly {
+                reason: text(&rest)?.to_owned(),
+            },
             unknown => return Err(RelayError::UnknownKind(unknown)),
         };
         Ok((channel, message))
@@ -541,6 +575,10 @@ impl ToEdge {
             Self::Preloaded => 44,
             Self::Stateless { .. } => 45,
             Self::Map { .. } => 46,
+            Self::CommittedStep2 { .. } => 50,
+            Self::Pause => 47,
+            Self::Resume => 48,
+            Self::ReadOnly { .. } => 49,
         }
     }
 }
@@ -715,6 +753,15 @@ mod tests {
             },
             ToEdge::Preloaded,
             ToEdge::Map { map: bytes.clone() },
+            ToEdge::CommittedStep2 {
+                connection: ALICE,
+                update: Bytes::from_static(b"\x00\xff"),
+            },
+            ToEdge::Pause,
+            ToEdge::Resume,
+            ToEdge::ReadOnly {
+                reason: "hole".to_owned(),
+            },
         ];
         for message in to_edge {
             let frame = message.encode(CHANNEL);
