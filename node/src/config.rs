@@ -9,8 +9,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use collab_core::ids::NodeId;
-use collab_core::limits::{SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN};
+use collab_core::limits::{CONNECTIONS_DEFAULT, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN};
 use uuid::Uuid;
+
+use crate::listener::Places;
+use crate::origin::{OriginError, Origins};
 
 /// Hosts collaborative documents for any Yjs editor.
 ///
@@ -81,6 +84,15 @@ pub struct Flags {
     /// Slots of the cluster: a power of two from 256 to 16384, fixed when the cluster is created.
     #[arg(long, env = "COLLAB_SLOTS", default_value_t = SLOTS_DEFAULT)]
     pub slots: u16,
+    /// Pages that may open sockets, as origins separated by commas [with authentication: all; without: pages of this machine].
+    #[arg(long, env = "COLLAB_ORIGINS", value_delimiter = ',')]
+    pub origins: Vec<String>,
+    /// Connections of clients that this node takes at the same time.
+    #[arg(long, env = "COLLAB_CONNECTIONS_MAX", default_value_t = CONNECTIONS_DEFAULT)]
+    pub connections_max: usize,
+    /// Connections from one address; behind a proxy all have the address of the proxy [default: no limit].
+    #[arg(long, env = "COLLAB_CONNECTIONS_PER_ADDRESS_MAX")]
+    pub connections_per_address_max: Option<usize>,
     /// Serve without authentication beyond loopback: anyone who reaches the address reads and writes every document.
     #[arg(long, env = "COLLAB_INSECURE_NO_AUTH")]
     pub insecure_no_auth: bool,
@@ -105,6 +117,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Address for the cluster; `None` serves health and metrics on [`Config::listen`].
     pub internal_listen: Option<SocketAddr>,
+    /// Pages that may open sockets.
+    pub origins: Origins,
+    /// How many connections of clients there may be.
+    pub places: Places,
     /// Where documents are stored.
     pub storage: Storage,
     /// URL of Redis, if any.
@@ -150,6 +166,9 @@ pub enum ConfigError {
         "refusing to open the control API on {0} without a token; give --control-token-file FILE or listen on 127.0.0.1"
     )]
     ControlOpenToAll(SocketAddr),
+    /// A page that may open sockets is not named as browsers name it.
+    #[error("--origins: {0}")]
+    Origin(#[from] OriginError),
     /// The number of slots is none of the allowed ones.
     #[error(
         "--slots {0} is not a power of two from {SLOTS_MIN} to {SLOTS_MAX}; the default is {SLOTS_DEFAULT}"
@@ -197,6 +216,13 @@ impl Flags {
         if auth_secret.is_none() && !self.listen.ip().is_loopback() && !self.insecure_no_auth {
             return Err(ConfigError::OpenToAll(self.listen));
         }
+        let origins = if !self.origins.is_empty() {
+            Origins::listed(&self.origins)?
+        } else if auth_secret.is_some() || self.insecure_no_auth {
+            Origins::Any
+        } else {
+            Origins::Local
+        };
         let control_token = secret(
             "--control-token-file",
             self.control_token_file.as_deref(),
@@ -225,6 +251,11 @@ impl Flags {
         Ok(Config {
             listen: self.listen,
             internal_listen,
+            origins,
+            places: Places {
+                max: self.connections_max,
+                per_address_max: self.connections_per_address_max,
+            },
             storage,
             redis: (!redis.is_empty() && redis != "none").then_some(redis),
             auth_secret,

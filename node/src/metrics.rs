@@ -13,6 +13,8 @@ pub struct Metrics {
     registry: Registry,
     /// Client sockets open on this edge.
     pub connections: IntGauge,
+    /// Connections turned away, by reason.
+    pub connections_refused: IntCounterVec,
     /// Documents open at their owner here.
     pub documents_open: IntGauge,
     /// Documents that are read-only because their stored rows are damaged.
@@ -96,6 +98,11 @@ impl Metrics {
         };
         let metrics = Self {
             connections: gauge("collab_connections", "Client sockets open on this edge."),
+            connections_refused: counters(
+                "collab_connections_refused_total",
+                "Connections turned away because there were too many, by reason.",
+                "reason",
+            ),
             documents_open: gauge(
                 "collab_documents_open",
                 "Documents open at their owner here.",
@@ -207,6 +214,9 @@ impl Metrics {
             "unsaved",
         ] {
             metrics.updates_refused.with_label_values(&[reason]);
+        }
+        for reason in ["node", "address"] {
+            metrics.connections_refused.with_label_values(&[reason]);
         }
         for result in ["moved", "failed"] {
             metrics.handoffs.with_label_values(&[result]);

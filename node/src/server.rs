@@ -8,6 +8,7 @@ use anyhow::Context;
 use axum::Router;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt;
@@ -30,9 +31,11 @@ use crate::bus::redis::RedisBus;
 use crate::config::{Config, Storage};
 use crate::documents::Documents;
 use crate::edge::{Admitted, Edge, Family, Gate, Visitor};
+use crate::listener;
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::node::{Node, Surroundings};
+use crate::origin::{self, Origins};
 use crate::page;
 use crate::peers::websocket::WebSocketDial;
 use crate::store::postgres::Postgres;
@@ -133,7 +136,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     );
     running.extend(internal);
     running.push(tokio::spawn(sample_load(app.clone())));
-    running.push(tokio::spawn(serve(listener, public(&app, with_health))));
+    let router = public(&app, with_health, config.origins.clone());
+    let places = config.places.within_open_files();
+    running.push(tokio::spawn(async move {
+        listener::serve(listener, router, places, app.metrics.clone()).await;
+        Ok(())
+    }));
     say_hello(&config);
     let stop = tokio::select! {
         ended = running.next() => match ended {
@@ -167,7 +175,7 @@ async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
 }
 
 /// What clients reach.
-fn public(app: &Arc<App>, with_health: bool) -> Router {
+fn public(app: &Arc<App>, with_health: bool, origins: Origins) -> Router {
     let router = Router::new()
         .route("/ws/{*document}", get(y_websocket))
         .route("/hocuspocus", get(hocuspocus))
@@ -183,7 +191,11 @@ fn public(app: &Arc<App>, with_health: bool) -> Router {
         header::X_CONTENT_TYPE_OPTIONS,
         HeaderValue::from_static("nosniff"),
     );
-    router.layer(nosniff).with_state(app.clone())
+    let same_page = middleware::from_fn_with_state(Arc::new(origins), origin::check);
+    router
+        .layer(same_page)
+        .layer(nosniff)
+        .with_state(app.clone())
 }
 
 #[derive(Debug, Deserialize)]

@@ -19,6 +19,12 @@ pub const BUSY_DOCUMENTS_MAX: usize = 16;
 /// Points of a node on the ring.
 pub const POINTS_PER_NODE: u32 = 256;
 
+/// Connections that a node takes unless it is told another number.
+pub const CONNECTIONS_DEFAULT: usize = 20_000;
+/// File descriptors that a node keeps for itself: store, other nodes, listeners, files.
+pub const OWN_FILES: usize = 128;
+/// A request, also the one that becomes a WebSocket, has its headers complete after this time.
+pub const HEADERS_WITHIN: Duration = Duration::from_secs(10);
 /// Largest WebSocket message a client may send.
 pub const FRAME_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Deepest nesting of values inside one update.
