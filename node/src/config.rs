@@ -7,11 +7,12 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use collab_core::ids::NodeId;
 use collab_core::limits::{CONNECTIONS_DEFAULT, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN};
 use uuid::Uuid;
 
+use crate::doctor::Doctor;
 use crate::listener::Places;
 use crate::origin::{OriginError, Origins};
 
@@ -28,18 +29,19 @@ pub struct Flags {
     #[arg(long, env = "COLLAB_INTERNAL_LISTEN")]
     pub internal_listen: Option<SocketAddr>,
     /// Embedded: folder of collab.sqlite.
-    #[arg(long, env = "COLLAB_DATA", default_value = ".")]
+    #[arg(long, env = "COLLAB_DATA", default_value = ".", global = true)]
     pub data: PathBuf,
     /// Postgres of the cluster, `postgres://user:password@host/database`.
     #[arg(
         long,
         env = "COLLAB_DATABASE_URL",
         conflicts_with = "database_url_file",
-        hide_env_values = true
+        hide_env_values = true,
+        global = true
     )]
     pub database_url: Option<String>,
     /// File that holds the database URL.
-    #[arg(long, env = "COLLAB_DATABASE_URL_FILE")]
+    #[arg(long, env = "COLLAB_DATABASE_URL_FILE", global = true)]
     pub database_url_file: Option<PathBuf>,
     /// Redis for presence and cached snapshots, redis://…, or none.
     #[arg(
@@ -99,6 +101,16 @@ pub struct Flags {
     /// Form of the log.
     #[arg(long, env = "COLLAB_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+    /// Something else than running a node.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What else the program does.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Look after stored documents, as files too: verify, repair, export, import, backup, restore.
+    Doctor(Doctor),
 }
 
 /// Form of the log.
@@ -200,6 +212,18 @@ pub enum ConfigError {
 const SECRET_BYTES_MIN: usize = 16;
 
 impl Flags {
+    /// Where documents are stored.
+    ///
+    /// # Errors
+    /// When the file of the database URL cannot be read.
+    pub fn storage(&self) -> Result<Storage, ConfigError> {
+        let url = match &self.database_url_file {
+            Some(path) => Some(read("--database-url-file", path)?),
+            None => self.database_url.clone(),
+        };
+        Ok(url.map_or_else(|| Storage::Embedded(self.data.clone()), Storage::Cluster))
+    }
+
     /// Checks the flags and reads the files that they name.
     ///
     /// # Errors
@@ -208,6 +232,7 @@ impl Flags {
         if !self.slots.is_power_of_two() || !(SLOTS_MIN..=SLOTS_MAX).contains(&self.slots) {
             return Err(ConfigError::Slots(self.slots));
         }
+        let storage = self.storage()?;
         let auth_secret = secret(
             "--auth-secret-file",
             self.auth_secret_file.as_deref(),
@@ -228,15 +253,10 @@ impl Flags {
             self.control_token_file.as_deref(),
             self.control_token,
         )?;
-        let database_url = match &self.database_url_file {
-            Some(path) => Some(read("--database-url-file", path)?),
-            None => self.database_url,
-        };
         let redis = match &self.redis_url_file {
             Some(path) => read("--redis-url-file", path)?,
             None => self.redis,
         };
-        let storage = database_url.map_or(Storage::Embedded(self.data), Storage::Cluster);
         let internal_listen = match (&storage, self.internal_listen) {
             (Storage::Cluster(_), None) => Some(SocketAddr::from(([0, 0, 0, 0], 8081))),
             (_, given) => given,

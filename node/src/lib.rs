@@ -7,6 +7,7 @@ pub mod api;
 pub mod auth;
 pub mod bus;
 pub mod config;
+pub mod doctor;
 pub mod documents;
 pub mod edge;
 pub mod handoff;

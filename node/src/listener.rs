@@ -43,6 +43,7 @@ pub struct Places {
 
 impl Places {
     /// As many as wished for, and as the limit of open files has room for beside the node's own.
+    #[must_use]
     pub fn within_open_files(self) -> Self {
         let Some(files) = open_files_max() else {
             return self;
@@ -168,21 +169,28 @@ fn is_of_the_connection(error: &io::Error) -> bool {
     )
 }
 
-/// The places that are taken, by address.
+/// The places that are taken.
 #[derive(Debug, Default)]
-struct Taken(Mutex<HashMap<IpAddr, usize>>);
+struct Taken(Mutex<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    all: usize,
+    by_address: HashMap<IpAddr, usize>,
+}
 
 impl Taken {
     fn take(self: &Arc<Self>, address: IpAddr, places: Places) -> Result<Place, Full> {
         let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if places.max <= Arc::strong_count(self) - 1 {
+        if places.max <= taken.all {
             return Err(Full::Node);
         }
-        let of_address = taken.entry(address).or_default();
+        let of_address = taken.by_address.entry(address).or_default();
         if places.per_address_max.is_some_and(|max| max <= *of_address) {
             return Err(Full::Address);
         }
         *of_address += 1;
+        taken.all += 1;
         drop(taken);
         Ok(Place {
             taken: self.clone(),
@@ -201,10 +209,11 @@ struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut taken = self.taken.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(of_address) = taken.get_mut(&self.address) {
+        taken.all -= 1;
+        if let Some(of_address) = taken.by_address.get_mut(&self.address) {
             *of_address -= 1;
             if *of_address == 0 {
-                taken.remove(&self.address);
+                taken.by_address.remove(&self.address);
             }
         }
     }
@@ -275,6 +284,6 @@ mod tests {
         assert_eq!(taken.take(there, places).unwrap_err(), Full::Node);
         drop(first);
         assert!(taken.take(here, places).is_ok());
-        assert_eq!(taken.0.lock().unwrap().len(), 2);
+        assert_eq!(taken.0.lock().unwrap().by_address.len(), 2);
     }
 }

@@ -1,7 +1,8 @@
 //! Reads the flags, starts the log, runs the node.
 
 use clap::Parser;
-use collab_node::config::{Flags, LogFormat};
+use collab_node::config::{Command, Flags, LogFormat};
+use collab_node::doctor;
 use collab_node::store::postgres::Warnings;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -14,10 +15,13 @@ fn main() -> anyhow::Result<()> {
     rustls::crypto::ring::default_provider()
         .install_default()
         .map_err(|_| anyhow::anyhow!("a TLS provider was installed twice"))?;
-    let config = flags.into_config()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
+    if let Some(Command::Doctor(task)) = &flags.command {
+        return runtime.block_on(doctor::run(task.clone(), &flags.storage()?, flags.slots));
+    }
+    let config = flags.into_config()?;
     runtime.block_on(collab_node::server::run(config))
 }
 

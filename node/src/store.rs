@@ -17,6 +17,7 @@ use uuid::Uuid;
 mod integrity;
 pub mod memory;
 pub mod postgres;
+pub mod rows;
 pub mod sqlite;
 
 /// The right under which a slot's documents are written.

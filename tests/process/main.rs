@@ -11,8 +11,10 @@
 
 mod balance;
 mod cluster;
+mod doctor;
 mod families;
 mod hardship;
+mod hostile;
 mod moves;
 mod peer;
 mod store_conformance;

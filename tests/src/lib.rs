@@ -12,6 +12,7 @@ pub mod checker;
 pub mod clients;
 pub mod command;
 pub mod dashboards;
+pub mod embedded;
 pub mod images;
 pub mod kubernetes;
 pub mod network;

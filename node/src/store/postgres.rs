@@ -33,6 +33,8 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use uuid::Uuid;
 
+mod rows;
+
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,

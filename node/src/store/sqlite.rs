@@ -24,6 +24,8 @@ use sqlx::sqlite::{
 use sqlx::{QueryBuilder, Row, Sqlite as Database, SqliteConnection, Transaction};
 use uuid::Uuid;
 
+mod rows;
+
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
