@@ -84,7 +84,7 @@ pub struct Flags {
     #[arg(long, env = "COLLAB_ZONE", default_value = "")]
     pub zone: String,
     /// Slots of the cluster: a power of two from 256 to 16384, fixed when the cluster is created.
-    #[arg(long, env = "COLLAB_SLOTS", default_value_t = SLOTS_DEFAULT)]
+    #[arg(long, env = "COLLAB_SLOTS", default_value_t = SLOTS_DEFAULT, global = true)]
     pub slots: u16,
     /// Pages that may open sockets, as origins separated by commas [with authentication: all; without: pages of this machine].
     #[arg(long, env = "COLLAB_ORIGINS", value_delimiter = ',')]

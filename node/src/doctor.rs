@@ -27,8 +27,8 @@ use crate::store::postgres::Postgres;
 use crate::store::rows::{Rows, StoredRows};
 use crate::store::sqlite::Sqlite;
 use crate::store::{
-    Append, Claim, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate,
-    Registration, StoreError,
+    Append, Claim, Content, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate,
+    Registration, Renewal, StoreError,
 };
 
 mod files;
@@ -474,10 +474,12 @@ impl Round {
             Some(me) => me,
             None => self.register(slots).await?,
         };
-        self.store
-            .renew(me, LEASE, collab_core::control::LoadSample::default())
-            .await?
-            .context("the doctor is no member any more; try again")?;
+        let load = collab_core::control::LoadSample::default();
+        let renewed = self.store.renew(me, &me.to_string(), LEASE, load).await?;
+        ensure!(
+            matches!(renewed, Renewal::Renewed(_)),
+            "the doctor is no member any more; try again"
+        );
         let slot = slot_of(id, slots);
         let row = self
             .store
@@ -552,15 +554,15 @@ impl Round {
 
     /// Reads a document as a node does.
     async fn read(&self, id: &DocumentId) -> anyhow::Result<Found> {
-        let (snapshot, log, last) = match self.store.load(id).await {
+        let Content {
+            snapshot,
+            log,
+            last,
+            ..
+        } = match self.store.load(id).await {
             Ok(Loaded::Absent) => return Ok(Found::Absent),
             Ok(Loaded::Deleted) => return Ok(Found::Deleted),
-            Ok(Loaded::Live {
-                snapshot,
-                log,
-                last,
-                ..
-            }) => (snapshot, log, last),
+            Ok(Loaded::Live(content)) => content,
             Err(LoadError::Damaged { seq, reason, .. }) => {
                 return Ok(Found::Damaged(format!("damaged at seq {seq}: {reason}")));
             }

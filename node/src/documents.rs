@@ -52,6 +52,11 @@ const DEGRADED_RECHECK: Duration = Duration::from_secs(10);
 /// Between two looks at the clock: presence that expires, snapshots that are due.
 const TICK: Duration = Duration::from_secs(1);
 
+/// An update of this size may take the CRDT library long: it is applied apart from other documents.
+const HEAVY_UPDATE_BYTES: usize = 64 * 1024;
+/// An input that takes longer is told in the log.
+const HEAVY_AFTER: Duration = Duration::from_secs(2);
+
 /// Where the owner's messages for one edge go.
 #[derive(Clone, Debug)]
 pub enum EdgeSender {
@@ -934,11 +939,25 @@ impl Owned {
             | Input::Step1 { peer, .. } => Some(*peer),
             _ => None,
         };
-        let handled = catch_unwind(AssertUnwindSafe(|| {
-            #[cfg(debug_assertions)]
-            panic_on_request(&input);
-            self.document.handle(input)
-        }));
+        let large =
+            matches!(&input, Input::Update { update, .. } if HEAVY_UPDATE_BYTES <= update.len());
+        let begun = Instant::now();
+        let document = &mut self.document;
+        let work = move || {
+            catch_unwind(AssertUnwindSafe(|| {
+                #[cfg(debug_assertions)]
+                panic_on_request(&input);
+                document.handle(input)
+            }))
+        };
+        let handled = if large {
+            self.documents.tasks.compute_here(work)
+        } else {
+            work()
+        };
+        if HEAVY_AFTER < begun.elapsed() {
+            tracing::warn!(document.id = %self.name, duration_ms = begun.elapsed().as_millis(), "an input took long");
+        }
         if let Ok(effects) = handled {
             let reload = effects.contains(&Effect::Reload);
             for effect in effects {

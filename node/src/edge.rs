@@ -14,14 +14,15 @@ use axum::extract::ws::{CloseFrame, Message as WsMessage};
 use bytes::Bytes;
 use collab_core::ids::{ConnectionId, DocumentId};
 use collab_core::limits::{
-    DRAIN_CLOSES_PER_SECOND, SOCKET_QUEUE_BYTES_MAX, SOCKET_QUEUE_FRAMES_MAX,
+    DRAIN_CLOSES_PER_SECOND, GONE_AFTER, MESSAGES_BURST, MESSAGES_PER_SECOND_MAX, PING_AFTER,
+    PULSE_EVERY, SOCKET_QUEUE_BYTES_MAX, SOCKET_QUEUE_FRAMES_MAX,
 };
 use collab_core::wire::y_websocket;
 use futures::{Sink, SinkExt, Stream, StreamExt};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 use crate::documents::Documents;
 use crate::members::Members;
@@ -32,6 +33,7 @@ use crate::tasks::Tasks;
 mod apply;
 mod family;
 mod hocuspocus;
+mod pace;
 mod room;
 
 pub use apply::ApplyError;
@@ -39,6 +41,7 @@ pub use family::Family;
 pub use hocuspocus::{Admitted, Gate};
 
 use hocuspocus::Hocuspocus;
+use pace::{Pace, Pulse, pulse};
 use room::{FromSocket, Room};
 
 /// Updates of a socket that may wait for their receipt before the socket is no longer read.
@@ -192,6 +195,10 @@ trait Client: Send {
 const CLOSE_RESTART: u16 = 1012;
 /// Try again later.
 const CLOSE_TRY_AGAIN: u16 = 1013;
+/// What came is too large, whenever it comes.
+const CLOSE_TOO_LARGE: u16 = 1009;
+/// The token has ended; come back with another.
+const CLOSE_UNAUTHORIZED: u16 = 4401;
 /// The frame breaks the protocol.
 const CLOSE_INVALID: u16 = 1007;
 /// The content is refused.
@@ -230,7 +237,7 @@ impl Edge {
         self: Arc<Self>,
         socket: S,
         document: DocumentId,
-        visitor: Visitor,
+        Admitted { visitor, until }: Admitted,
         family: Family,
     ) where
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
@@ -241,6 +248,7 @@ impl Edge {
                 edge: self.clone(),
                 membership,
                 line,
+                until,
             }
         })
         .await;
@@ -311,8 +319,14 @@ impl Edge {
             credit: credit.clone(),
         });
         let mut batch = Vec::new();
+        let mut heard = Instant::now();
+        let mut pace = Pace::new(MESSAGES_PER_SECOND_MAX, MESSAGES_BURST, heard);
+        let mut looks = interval(PULSE_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let close = loop {
             let wakes_at = client.wakes_at();
+            let even_at = pace.even_at();
+            let is_read = 0 < credit.available_permits() && even_at <= Instant::now();
             tokio::select! {
                 biased;
                 Some((connection, close)) = ended.recv() => {
@@ -337,8 +351,23 @@ impl Edge {
                     }
                     backlog.sent(count, bytes);
                 }
-                frame = stream.next(), if 0 < credit.available_permits() => match frame {
+                _ = looks.tick() => {
+                    // Who is not read cannot be heard.
+                    if !is_read {
+                        heard = Instant::now();
+                    }
+                    match pulse(heard.elapsed(), PING_AFTER, GONE_AFTER) {
+                        Pulse::Well => {}
+                        Pulse::Silent => {
+                            let ping = sink.send(WsMessage::Ping(Bytes::new()));
+                            let _ = timeout(PULSE_EVERY, ping).await;
+                        }
+                        Pulse::Gone => return 1006,
+                    }
+                }
+                frame = async { let frame = stream.next().await; heard = Instant::now(); frame }, if is_read => match frame {
                     Some(Ok(WsMessage::Binary(frame))) => {
+                        pace.take(1, Instant::now());
                         if let Err(close) = client.received(&frame) {
                             break close;
                         }
@@ -351,6 +380,7 @@ impl Edge {
                 },
                 // The room gives credit back; look again.
                 _ = credit.acquire(), if credit.available_permits() == 0 => {}
+                () = sleep_until(even_at), if !is_read && 0 < credit.available_permits() => {}
                 () = sleep_until(wakes_at.unwrap_or_else(Instant::now)), if wakes_at.is_some() => {
                     if let Some(close) = client.woken() {
                         break close;
@@ -455,6 +485,8 @@ struct OneDocument {
     edge: Arc<Edge>,
     membership: Membership,
     line: Line,
+    /// When its token ends.
+    until: Option<Instant>,
 }
 
 impl Client for OneDocument {
@@ -465,7 +497,12 @@ impl Client for OneDocument {
                     .edge
                     .pass(&self.membership, &self.line, &message, frame),
                 Err(error) if error.is_violation() => {
-                    return Err(Close::new(CLOSE_INVALID, error.to_string()));
+                    let code = if error.is_too_large() {
+                        CLOSE_TOO_LARGE
+                    } else {
+                        CLOSE_INVALID
+                    };
+                    return Err(Close::new(code, error.to_string()));
                 }
                 Err(error) => {
                     tracing::debug!(%error, "a frame was ignored");
@@ -478,5 +515,14 @@ impl Client for OneDocument {
 
     fn ended(&mut self, _connection: ConnectionId, close: Close) -> Option<Close> {
         Some(close)
+    }
+
+    fn wakes_at(&self) -> Option<Instant> {
+        self.until
+    }
+
+    fn woken(&mut self) -> Option<Close> {
+        let reason = "the token has ended; come back with another";
+        Some(Close::new(CLOSE_UNAUTHORIZED, reason))
     }
 }

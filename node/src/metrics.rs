@@ -207,6 +207,7 @@ impl Metrics {
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         for reason in [
             "invalid",
+            "conflict",
             "gap",
             "resync",
             "read_only",

@@ -30,7 +30,7 @@ use crate::bus::memory::NoBus;
 use crate::bus::redis::RedisBus;
 use crate::config::{Config, Storage};
 use crate::documents::Documents;
-use crate::edge::{Admitted, Edge, Family, Gate, Visitor};
+use crate::edge::{Admitted, Edge, Family, Gate};
 use crate::listener;
 use crate::members::Members;
 use crate::metrics::Metrics;
@@ -211,9 +211,9 @@ async fn y_websocket(
     upgrade: Upgrade,
 ) -> Response {
     let serve = one_document(&app, &document, &query, &headers);
-    serve.map_or_else(IntoResponse::into_response, |(document, visitor)| {
+    serve.map_or_else(IntoResponse::into_response, |(document, admitted)| {
         let edge = app.edge.clone();
-        upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor, Family::YWebsocket))
+        upgrade.on_upgrade(move |socket| edge.serve(socket, document, admitted, Family::YWebsocket))
     })
 }
 
@@ -231,9 +231,9 @@ async fn y_sweet(
         let error = format!("the address is for {document} and for {again}");
         Err(ApiError::Bad(error))
     };
-    serve.map_or_else(IntoResponse::into_response, |(document, visitor)| {
+    serve.map_or_else(IntoResponse::into_response, |(document, admitted)| {
         let edge = app.edge.clone();
-        upgrade.on_upgrade(move |socket| edge.serve(socket, document, visitor, Family::YSweet))
+        upgrade.on_upgrade(move |socket| edge.serve(socket, document, admitted, Family::YSweet))
     })
 }
 
@@ -242,11 +242,13 @@ fn one_document(
     document: &str,
     query: &SocketQuery,
     headers: &HeaderMap,
-) -> Result<(DocumentId, Visitor), ApiError> {
+) -> Result<(DocumentId, Admitted), ApiError> {
     let document = DocumentId::new(document).map_err(|error| ApiError::Bad(error.to_string()))?;
     let claims = app.auth.claims(headers, query.token.as_deref())?;
     claims.to_read(&document)?;
-    Ok((document, claims.visitor()))
+    let until = claims.time_left().map(|left| Instant::now() + left);
+    let visitor = claims.visitor();
+    Ok((document, Admitted { visitor, until }))
 }
 
 /// Hocuspocus' provider brings its tokens inside the socket; one in the request stands in for those it leaves empty.

@@ -9,6 +9,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::{AbortHandle, JoinError, JoinHandle};
 
 /// Spawns the tasks of one node. A clone spawns for the same node.
@@ -54,6 +55,16 @@ impl Tasks {
         });
         behind.spawned(handle.abort_handle());
         handle
+    }
+
+    /// Does work that takes the processor for long where it stands, while the other tasks of the thread go on elsewhere.
+    pub fn compute_here<T>(&self, work: impl FnOnce() -> T) -> T {
+        let flavor = Handle::current().runtime_flavor();
+        if self.gate.is_none() && flavor == RuntimeFlavor::MultiThread {
+            tokio::task::block_in_place(work)
+        } else {
+            work()
+        }
     }
 
     /// Does work that takes the processor for long, apart from the threads that serve sockets.

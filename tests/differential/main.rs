@@ -60,6 +60,11 @@ async fn yrs_and_yjs_make_the_same_of_the_same_history() {
         let ours = encode(&owner.doc);
         let reread = yjs.read(&ours).await;
         same(seed, &owner.doc, &reread);
+        // And neither takes the other's way to write the same for something else.
+        for again in [theirs.state.update(), reread.update(), ours] {
+            let scan = scan_update(&again).unwrap();
+            assert_eq!(owner.places.conflict(&scan), None, "seed {seed}");
+        }
         let mut copy = Owner::default();
         copy.admit(seed, &theirs.state.update());
         same(seed, &copy.doc, &theirs.state);
@@ -256,6 +261,8 @@ impl Owner {
     fn admit(&mut self, seed: u64, update: &[u8]) {
         let scan = scan_update(update);
         let scan = scan.unwrap_or_else(|error| panic!("seed {seed}: {error}: {}", hex(update)));
+        let conflict = self.places.conflict(&scan);
+        assert_eq!(conflict, None, "seed {seed}: {}", hex(update));
         let missing = scan.missing(|client| self.places.next_clock(client));
         assert_eq!(missing, None, "seed {seed}: {}", hex(update));
         assert_eq!(

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use collab_core::wire::y_sweet;
 use collab_core::wire::y_websocket::{self, Message};
 use collab_tests::embedded::Embedded;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -14,6 +15,7 @@ use yrs::updates::decoder::Decode;
 use yrs::{Doc, GetString, ReadTxn, StateVector, Text, Transact, Update};
 
 mod connections;
+mod frames;
 
 /// How long anything may take that a node does at once, on a busy machine.
 const SOON: Duration = Duration::from_secs(10);
@@ -84,19 +86,26 @@ impl Raw {
         Ok(())
     }
 
-    /// The next frame that is no ping; `None` when the node has closed without a word.
+    /// The next message that is no ping, or the close; `None` when the node has closed without a word.
     async fn frame(&mut self) -> Result<Option<Frame>> {
+        let mut begun: Option<Frame> = None;
         timeout(SOON, async {
             loop {
-                if let Some(frame) = self.buffered() {
-                    if frame.opcode != PING {
-                        return Ok(Some(frame));
+                let Some((is_last, frame)) = self.buffered() else {
+                    match self.stream.read_buf(&mut self.buffer).await {
+                        Ok(0) | Err(_) => return Ok(None),
+                        Ok(_) => continue,
                     }
-                    continue;
+                };
+                match (&mut begun, frame.opcode) {
+                    (_, PING) => {}
+                    (_, CLOSE) => return Ok(Some(frame)),
+                    // Large messages come in pieces.
+                    (Some(message), _) => message.payload.extend(frame.payload),
+                    (None, _) => begun = Some(frame),
                 }
-                match self.stream.read_buf(&mut self.buffer).await {
-                    Ok(0) | Err(_) => return Ok(None),
-                    Ok(_) => {}
+                if is_last && begun.is_some() {
+                    return Ok(begun.take());
                 }
             }
         })
@@ -104,22 +113,24 @@ impl Raw {
         .context("no frame came")?
     }
 
-    fn buffered(&mut self) -> Option<Frame> {
+    /// A frame that is there, and whether its message ends with it.
+    fn buffered(&mut self) -> Option<(bool, Frame)> {
         let [first, short, rest @ ..] = self.buffer.as_slice() else {
             return None;
         };
+        let is_last = first & 0x80 != 0;
         let (len, at) = match *short {
             126 => (usize::from(u16::from_be_bytes(*rest.first_chunk()?)), 4),
-            127 => (
-                usize::try_from(u64::from_be_bytes(*rest.first_chunk()?)).ok()?,
-                10,
-            ),
+            127 => {
+                let len = u64::from_be_bytes(*rest.first_chunk()?);
+                (usize::try_from(len).ok()?, 10)
+            }
             short => (usize::from(short), 2),
         };
         let payload = self.buffer.get(at..at + len)?.to_vec();
         let opcode = first & 0x0F;
         self.buffer.drain(..at + len);
-        Some(Frame { opcode, payload })
+        Some((is_last, Frame { opcode, payload }))
     }
 
     /// Why the node closes: code and reason. 1006 is "without a word", as browsers have it.
@@ -161,14 +172,14 @@ impl Raw {
 
     /// Answers the node's first question, as every client does: with nothing.
     async fn settle(&mut self) -> Result<()> {
-        self.send(&y_websocket::sync_step2(&[0, 0])).await?;
         self.until(|message| matches!(message, Message::SyncStep1 { .. }).then_some(()))
-            .await
+            .await?;
+        self.send(&y_websocket::sync_step2(&[0, 0])).await
     }
 
     /// Everything sent before is durable once this returns.
     async fn saved(&mut self) -> Result<()> {
-        self.send(&y_websocket::saved(b"?")).await?;
+        self.send(&y_sweet::saved(b"?")).await?;
         self.until(|message| matches!(message, Message::Saved { payload: b"?" }).then_some(()))
             .await
     }

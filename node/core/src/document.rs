@@ -171,7 +171,7 @@ pub enum Effect {
     },
     /// An update was not admitted; count it.
     NotAdmitted {
-        /// For the metric: `invalid`, `gap`, `resync`, `degraded` or `unsaved`.
+        /// For the metric: `invalid`, `conflict`, `gap`, `resync`, `degraded` or `unsaved`.
         reason: &'static str,
     },
     /// Throw the document away and open it again from the store.
@@ -594,6 +594,11 @@ impl Document {
                 effects.extend(refuse(peer, reason));
                 effects
             }
+            Admission::Conflict(reason) => {
+                let mut effects = vec![Effect::NotAdmitted { reason: "conflict" }];
+                effects.extend(refuse(peer, reason));
+                effects
+            }
         }
     }
 
@@ -792,7 +797,10 @@ impl Document {
                 effects
             }
             Admission::NothingNew => Vec::new(),
-            Admission::Gap | Admission::Broken(_) | Admission::Invalid(_) => {
+            Admission::Gap
+            | Admission::Conflict(_)
+            | Admission::Broken(_)
+            | Admission::Invalid(_) => {
                 vec![Effect::NotAdmitted { reason: "invalid" }]
             }
         }
@@ -806,6 +814,9 @@ impl Document {
             Ok(scan) => scan,
             Err(error) => return invalid(&error),
         };
+        if let Some(conflict) = self.places.conflict(&scan) {
+            return Admission::Conflict(conflict.to_string());
+        }
         let next_clock = |client| self.places.next_clock(client);
         if scan.missing(next_clock).is_some() {
             return Admission::Gap;
@@ -954,6 +965,8 @@ enum Admission {
     NothingNew,
     Gap,
     Invalid(String),
+    /// Another device writes under the same client id.
+    Conflict(String),
     /// It failed half-way: what is in memory is not to be used any more.
     Broken(String),
 }
@@ -1403,6 +1416,50 @@ mod tests {
         }
         assert_eq!(document.assigned_seq(), Seq(0));
         assert_eq!(document.encode_state().as_ref(), NOTHING);
+    }
+
+    /// The second would be told that its edit is saved: the document has that clock.
+    #[test]
+    fn of_two_devices_with_one_client_id_the_second_is_refused() {
+        let mut document = shared_by_alice_and_bob();
+        let first = Typist::new(1).types("hello");
+        document.handle(update(ALICE, 2, &first));
+        document.handle(committed(1));
+        for other in [
+            Typist::new(1).types("jello"),
+            Typist::new(1).types("hallo and more"),
+        ] {
+            let effects = document.handle(update(BOB, 2, &other));
+            assert_eq!(effects[0], Effect::NotAdmitted { reason: "conflict" });
+            assert!(
+                matches!(&effects[1..], [Effect::Send { to: OTHER_EDGE, message: ToEdge::Refused { reason, .. } }]
+                    if reason.contains("in use by another device")),
+                "{effects:?}"
+            );
+        }
+        assert_eq!(document.assigned_seq(), Seq(1));
+        // Whoever goes on from what is there is welcome.
+        document.handle(step2(BOB, 3, &Typist::new(1).types("hello, both")));
+        assert_eq!(document.assigned_seq(), Seq(2));
+        assert_eq!(document.text("quill"), "hello, both");
+    }
+
+    #[test]
+    fn updates_that_can_never_be_taken_cost_nothing_that_stays() {
+        let mut document = shared_by_alice_and_bob();
+        let mut known = Typist::new(1);
+        document.handle(update(ALICE, 2, &known.types("known")));
+        document.handle(committed(1));
+        for client in 0..20_000_u64 {
+            // "x" at clock 7 of a client of whom nothing else ever comes
+            let mut lone = vec![1, 1];
+            crate::wire::varint::write_var_uint(&mut lone, 1_000 + client);
+            lone.extend([7, 4, 1, 1, b't', 1, b'x', 0]);
+            let effects = document.handle(step2(BOB, 3 + client, &lone.into()));
+            assert_eq!(effects[0], Effect::NotAdmitted { reason: "gap" });
+        }
+        assert_eq!(document.assigned_seq(), Seq(1));
+        assert_eq!(document.encode_state(), known.everything());
     }
 
     #[test]

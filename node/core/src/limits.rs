@@ -25,6 +25,28 @@ pub const CONNECTIONS_DEFAULT: usize = 20_000;
 pub const OWN_FILES: usize = 128;
 /// A request, also the one that becomes a WebSocket, has its headers complete after this time.
 pub const HEADERS_WITHIN: Duration = Duration::from_secs(10);
+/// Sockets of one document on one node; the next is told to try again.
+pub const CONNECTIONS_PER_DOCUMENT_MAX: usize = 10_000;
+/// Sockets of one authenticated user in one document on one node; the next is told to try again.
+pub const CONNECTIONS_PER_USER_MAX: usize = 100;
+/// Messages of one socket per second; who sends more is read more slowly.
+pub const MESSAGES_PER_SECOND_MAX: u32 = 2_000;
+/// Messages of one socket that may come at once.
+pub const MESSAGES_BURST: u32 = 10_000;
+/// Bytes of presence of one socket per second: each goes to everybody in the document.
+pub const PRESENCE_BYTES_PER_SECOND_MAX: u32 = 64 * 1024;
+/// Bytes of presence of one socket that may come at once.
+pub const PRESENCE_BYTES_BURST: u32 = 512 * 1024;
+/// Edits of a reader per second that are passed over; who sends more is closed.
+pub const READER_EDITS_PER_SECOND_MAX: u32 = 20;
+/// Edits of a reader that may come at once.
+pub const READER_EDITS_BURST: u32 = 400;
+/// A client that was silent for this long is sent a ping.
+pub const PING_AFTER: Duration = Duration::from_secs(15);
+/// A client that was silent for this long is gone.
+pub const GONE_AFTER: Duration = Duration::from_secs(32);
+/// Between two looks at how long a client has been silent.
+pub const PULSE_EVERY: Duration = Duration::from_secs(5);
 /// Largest WebSocket message a client may send.
 pub const FRAME_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Deepest nesting of values inside one update.
@@ -154,4 +176,9 @@ const _: () = assert!(BATCH_UPDATES_MAX <= UNCOMMITTED_UPDATES_MAX);
 const _: () = assert!(BATCH_BYTES_MAX < UNCOMMITTED_BYTES_MAX);
 // The y-websocket client drops a socket after 30 s of silence.
 const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
+// A half-open connection is noticed within 40 s, and a client has time for an answer to more than one ping.
+const _: () = assert!(GONE_AFTER.as_secs() + PULSE_EVERY.as_secs() < 40);
+const _: () = assert!(PING_AFTER.as_secs() + 3 * PULSE_EVERY.as_secs() <= GONE_AFTER.as_secs());
+// A single state of presence must pass at once.
+const _: () = assert!(AWARENESS_BYTES_MAX < PRESENCE_BYTES_BURST as usize);
 const _: () = assert!(SLOTS_MIN.is_power_of_two() && SLOTS_MAX.is_power_of_two());

@@ -21,13 +21,14 @@
 mod causal;
 mod places;
 mod structs;
+mod tails;
 
 use smallvec::SmallVec;
 
 use crate::limits::{STATE_VECTOR_CLIENTS_MAX, UPDATE_DELETE_RANGES_MAX, UPDATE_STRUCTS_MAX};
 
 pub use causal::{Gap, Novelty};
-pub use places::{Misplaced, Places};
+pub use places::{Conflict, Misplaced, Places};
 pub use structs::Id;
 use structs::{Pass, Source};
 

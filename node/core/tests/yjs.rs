@@ -322,6 +322,7 @@ impl Owner {
         let vector = self.doc.transact().state_vector();
         let scan = scan_update(update).unwrap_or_else(|error| panic!("{error}: {update:?}"));
         assert_eq!(scan.missing(clocks(&vector)), None, "{update:?}");
+        assert_eq!(self.places.conflict(&scan), None, "{update:?}");
         assert_eq!(self.places.take(&scan), Ok(()), "{update:?}");
         let mut txn = self.doc.transact_mut();
         txn.apply_update(Update::decode_v1(update).expect("it was scanned"))

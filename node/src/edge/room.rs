@@ -12,8 +12,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use collab_core::ids::{ConnectionId, DocumentId, Epoch, Slot};
 use collab_core::limits::{
-    FRAME_BYTES_MAX, KEEPALIVE_AFTER, SOCKET_QUEUE_BYTES_MAX, UNCOMMITTED_BYTES_MAX,
-    UNSAVED_BYTES_MAX,
+    CONNECTIONS_PER_DOCUMENT_MAX, CONNECTIONS_PER_USER_MAX, FRAME_BYTES_MAX, KEEPALIVE_AFTER,
+    PRESENCE_BYTES_BURST, PRESENCE_BYTES_PER_SECOND_MAX, READER_EDITS_BURST,
+    READER_EDITS_PER_SECOND_MAX, SOCKET_QUEUE_BYTES_MAX, UNCOMMITTED_BYTES_MAX, UNSAVED_BYTES_MAX,
 };
 use collab_core::scan;
 use collab_core::wire::hocuspocus::Status;
@@ -27,6 +28,7 @@ use yrs::updates::encoder::Encode;
 use yrs::{ClientID, StateVector};
 
 use super::family::{Family, Shared, Told};
+use super::pace::Pace;
 use super::{Access, CLOSE_POLICY, CLOSE_TRY_AGAIN, Close, Edge, Line, Visitor};
 use crate::documents::{Attachment, EdgeSender};
 use crate::peers::RemoteChannel;
@@ -235,6 +237,12 @@ struct Socket {
     owed_bytes: usize,
     awareness: Option<Bytes>,
     last_out: Instant,
+    /// Edits of a reader that are passed over.
+    edits_of_reader: Pace,
+    /// Bytes of presence.
+    presence: Pace,
+    /// Its newest presence came too fast, and goes out at the next look.
+    presence_waits: bool,
 }
 
 /// How edits of others come to a socket.
@@ -335,6 +343,7 @@ impl Room {
                 () = sleep_until(retry_at), if self.upstream.is_none() => {}
                 _ = tick.tick() => {
                     self.keep_alive();
+                    self.send_late_presence();
                     let empty = self.sockets.is_empty() && self.outlived.is_empty() && TICK <= self.empty_since.elapsed();
                     if empty && self.edge.leave_table(&self.document, self.id, &self.inputs) {
                         return;
@@ -635,6 +644,10 @@ impl Room {
                 line,
             } => {
                 let mut socket = Socket::new(connection, visitor, family, line);
+                if let Some(reason) = self.full_for(&socket.visitor) {
+                    socket.kick(CLOSE_TRY_AGAIN, reason);
+                    return;
+                }
                 socket.pause(self.paused);
                 for message in socket.introduction() {
                     self.to_owner(message);
@@ -692,13 +705,19 @@ impl Room {
                 connection,
                 payload,
             } => {
-                self.with(connection, |socket| {
-                    socket.awareness = Some(payload.clone());
-                });
-                self.to_owner(ToOwner::Awareness {
-                    connection,
-                    payload,
-                });
+                let Some(socket) = self.sockets.get_mut(&connection) else {
+                    return;
+                };
+                socket.awareness = Some(payload.clone());
+                let bytes = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+                // Only the newest counts: what comes too fast is left out, but for the last of it.
+                socket.presence_waits = !socket.presence.take(bytes, Instant::now());
+                if !socket.presence_waits {
+                    self.to_owner(ToOwner::Awareness {
+                        connection,
+                        payload,
+                    });
+                }
             }
             FromSocket::QueryAwareness { connection } => {
                 self.to_owner(ToOwner::QueryAwareness { connection });
@@ -741,6 +760,22 @@ impl Room {
         }
     }
 
+    /// Why there is no room for one more socket of this visitor.
+    fn full_for(&self, visitor: &Visitor) -> Option<&'static str> {
+        if CONNECTIONS_PER_DOCUMENT_MAX <= self.sockets.len() {
+            return Some("this document has as many connections as it may have; try again");
+        }
+        let same = |socket: &&Socket| socket.visitor.author == visitor.author;
+        let of_user = self
+            .sockets
+            .values()
+            .filter(same)
+            .take(CONNECTIONS_PER_USER_MAX);
+        (!visitor.author.is_empty() && of_user.count() == CONNECTIONS_PER_USER_MAX).then_some(
+            "this user has as many connections to the document as it may have; try again",
+        )
+    }
+
     fn update(&mut self, connection: ConnectionId, kind: UpdateKind, update: Bytes) {
         let attached = self.upstream.is_some();
         let Some(socket) = self.sockets.get_mut(&connection) else {
@@ -757,6 +792,9 @@ impl Room {
             && kind == UpdateKind::Update
         {
             socket.refuse_update();
+            if access == Access::Read && !socket.edits_of_reader.take(1, Instant::now()) {
+                socket.kick(CLOSE_POLICY, "this token is for reading only");
+            }
             let refused = &self.edge.metrics.updates_refused;
             refused.with_label_values(&[reason]).inc();
             return;
@@ -808,10 +846,30 @@ impl Room {
             }
         }
     }
+
+    /// Sends the presence that came too fast for its like to follow at once: the newest of each socket.
+    fn send_late_presence(&mut self) {
+        let late: Vec<_> = self
+            .sockets
+            .values_mut()
+            .filter_map(|socket| {
+                let waits = std::mem::take(&mut socket.presence_waits);
+                let payload = socket.awareness.clone().filter(|_| waits)?;
+                Some((socket.connection, payload))
+            })
+            .collect();
+        for (connection, payload) in late {
+            self.to_owner(ToOwner::Awareness {
+                connection,
+                payload,
+            });
+        }
+    }
 }
 
 impl Socket {
     fn new(connection: ConnectionId, visitor: Visitor, family: Family, line: Line) -> Self {
+        let now = Instant::now();
         Self {
             connection,
             visitor,
@@ -832,7 +890,10 @@ impl Socket {
             owed: VecDeque::new(),
             owed_bytes: 0,
             awareness: None,
-            last_out: Instant::now(),
+            last_out: now,
+            edits_of_reader: Pace::new(READER_EDITS_PER_SECOND_MAX, READER_EDITS_BURST, now),
+            presence: Pace::new(PRESENCE_BYTES_PER_SECOND_MAX, PRESENCE_BYTES_BURST, now),
+            presence_waits: false,
         }
     }
 

@@ -13,7 +13,8 @@ use std::collections::BTreeMap;
 
 use super::Scan;
 use super::causal::{Gap, Walk};
-use super::structs::{Content, Id, Place, Struct};
+use super::structs::{Content, Id, Pass, Place, Struct};
+use super::tails::Tail;
 use crate::limits::DOCUMENT_DEPTH_MAX;
 
 /// The places of one document, and how far it is.
@@ -32,6 +33,8 @@ struct Kept {
     lists: BTreeMap<List, ListId>,
     /// What else is known of each list.
     kinds: Vec<Kind>,
+    /// For each client what its last clocks hold.
+    tails: BTreeMap<u64, Tail>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +54,20 @@ pub struct Misplaced {
     /// Whose item it is.
     pub client: u64,
     /// Its clock.
+    pub clock: u32,
+}
+
+/// Two devices write under one client id: an update has other content for clocks than the document has. Close the
+/// socket (1008); the device has to open the document anew, with an id of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "client id {client} is in use by another device, which wrote something else at clock {clock}; open the document \
+     anew to get an id of your own"
+)]
+pub struct Conflict {
+    /// The id.
+    pub client: u64,
+    /// The first clock that differs.
     pub clock: u32,
 }
 
@@ -88,6 +105,30 @@ impl Places {
     /// How many clocks of a client the document has: its entry in the state vector.
     pub fn next_clock(&self, client: u64) -> u32 {
         self.ends.get(&client).copied().unwrap_or_default()
+    }
+
+    /// Whether an update contradicts the end of what one of its clients wrote.
+    ///
+    /// Costs nothing unless the update has clocks that the document has too.
+    pub fn conflict(&self, scan: &Scan<'_>) -> Option<Conflict> {
+        scan.sections.iter().find_map(|section| {
+            let known = self.next_clock(section.client).min(section.end);
+            let tail = self.kept.tails.get(&section.client)?;
+            let mut id = Id {
+                client: section.client,
+                clock: section.start,
+            };
+            let mut structs = section.structs;
+            while id.clock < known {
+                let read = structs.read_struct(id, &mut Pass::Walk).ok()?;
+                if let Some(clock) = tail.contradicted_by(id, &read) {
+                    let client = id.client;
+                    return Some(Conflict { client, clock });
+                }
+                id.clock = read.end;
+            }
+            None
+        })
     }
 
     /// Takes in an update, if nothing is [missing](Scan::missing) and it fits.
@@ -151,6 +192,7 @@ impl Kept {
                 return Err(misplaced("other content than the document has"));
             }
         }
+        self.tails.entry(id.client).or_default().append(id, read);
         let runs = self.runs.entry(id.client).or_default();
         if runs.last().is_none_or(|last| last.at != at) {
             runs.push(Run {
@@ -253,6 +295,9 @@ impl Kept {
         if let Some(runs) = self.runs.get_mut(&client) {
             runs.truncate(runs.partition_point(|run| run.start < from));
         }
+        if let Some(tail) = self.tails.get_mut(&client) {
+            tail.truncate(from);
+        }
     }
 }
 
@@ -345,6 +390,67 @@ mod tests {
         assert!(places.clone().take(&scan_update(&goes_on).unwrap()).is_ok());
         let elsewhere = [1, 1, 1, 2, 0x84, 2, 0, 2, b'c', b'x', 0];
         assert!(places.take(&scan_update(&elsewhere).unwrap()).is_err());
+    }
+
+    #[test]
+    fn who_writes_something_else_under_the_same_id_is_found_out() {
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[ABC, IN_S, IN_KEY]).unwrap();
+        let conflict = |start: u8, structs: &[&[u8]]| {
+            let count = u8::try_from(structs.len()).unwrap();
+            let update = [&[1, count, 1, start], structs.concat().as_slice(), &[0]].concat();
+            let found = places.conflict(&scan_update(&update).unwrap());
+            found.map(|conflict| (conflict.client, conflict.clock))
+        };
+        let abx = [4, 1, 1, b'r', 3, b'a', b'b', b'x'];
+        let two = [4, 1, 1, b'r', 2, b'a', b'b'];
+        let rest = [0x84, 1, 1, 1, b'c'];
+        for (what, found, expected) in [
+            ("the same", conflict(0, &[ABC, IN_S, IN_KEY]), None),
+            (
+                "the same in other pieces",
+                conflict(0, &[&two, &rest]),
+                None,
+            ),
+            (
+                "a part of the same",
+                conflict(2, &[&[0x84, 1, 1, 2, b'c', b'd']]),
+                None,
+            ),
+            ("deleted since", conflict(0, &[&[0, 3], IN_S]), None),
+            ("nothing of it", conflict(5, &[IN_S]), None),
+            ("another letter", conflict(0, &[&abx]), Some((1, 2))),
+            (
+                "another letter, and more",
+                conflict(2, &[&[0x84, 1, 1, 3, b'x', b'd', b'x']]),
+                Some((1, 2)),
+            ),
+            (
+                "another kind",
+                conflict(3, &[&[1, 1, 1, b's', 1], IN_S]),
+                Some((1, 4)),
+            ),
+            ("text for a value", conflict(4, &[IN_S]), Some((1, 4))),
+        ] {
+            assert_eq!(found, expected, "{what}");
+        }
+    }
+
+    /// Long after, the place where two parted is forgotten; where the first of them is now is known.
+    #[test]
+    fn the_end_of_what_a_client_wrote_is_remembered() {
+        let mut places = Places::default();
+        for clock in 0..1_000_u16 {
+            let letter = b'a' + u8::try_from(clock % 26).unwrap();
+            take(&mut places, 1, clock.into(), &[&[4, 1, 1, b'r', 1, letter]]).unwrap();
+        }
+        let at = |clock: u64, letter: u8| {
+            let mut update = vec![1, 1, 1];
+            write_var_uint(&mut update, clock);
+            update.extend([4, 1, 1, b'r', 1, letter, 0]);
+            places.conflict(&scan_update(&update).unwrap()).is_some()
+        };
+        assert!(at(999, b'?') && !at(999, b'l') && at(900, b'?') && !at(10, b'?'));
     }
 
     #[test]

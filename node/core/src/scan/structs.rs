@@ -21,18 +21,21 @@ use crate::limits::{CLOCK_END_MAX, UPDATE_DEPTH_MAX, UPDATE_SUBDOCUMENTS_MAX, UP
 use crate::wire::json;
 use crate::wire::varint::{ReadError, Reader, write_var_bytes, write_var_uint};
 
-const GC: u8 = 0;
-const DELETED: u8 = 1;
-const STRING: u8 = 4;
+pub(super) const GC: u8 = 0;
+pub(super) const DELETED: u8 = 1;
+pub(super) const STRING: u8 = 4;
 const EMBED: u8 = 5;
 const FORMAT: u8 = 6;
 const TYPE: u8 = 7;
 const ANY: u8 = 8;
-const SKIP: u8 = 10;
+pub(super) const SKIP: u8 = 10;
 const KIND: u8 = 0b0001_1111;
 const HAS_ORIGIN: u8 = 0b1000_0000;
 const HAS_RIGHT_ORIGIN: u8 = 0b0100_0000;
 const HAS_KEY: u8 = 0b0010_0000;
+
+/// A kind with these bits is no UTF-16 unit of a whole character.
+pub(super) const KIND_MARKS: u16 = 0xD800;
 
 /// Map in the encoding of JSON-like values.
 const ANY_MAP: u8 = 118;
@@ -53,6 +56,10 @@ pub(super) struct Struct<'a> {
     pub(super) end: u32,
     pub(super) place: Place<'a>,
     pub(super) content: Content,
+    /// What it is, as in its first byte.
+    pub(super) kind: u8,
+    /// The bytes of its content; none for what is only a length.
+    pub(super) body: &'a [u8],
 }
 
 /// Where a struct belongs.
@@ -236,6 +243,8 @@ impl<'a> Source<'a> {
                     end,
                     place: Place::Collected,
                     content: Content::Deleted,
+                    kind: GC,
+                    body: &[],
                 })
             }
             SKIP => {
@@ -247,6 +256,8 @@ impl<'a> Source<'a> {
                     end,
                     place: Place::Skipped,
                     content: Content::Deleted,
+                    kind: SKIP,
+                    body: &[],
                 })
             }
             kind => {
@@ -255,7 +266,9 @@ impl<'a> Source<'a> {
                 if place.refers_to().any(to_itself) {
                     return Err(self.malformed("a struct that refers to itself or what follows it"));
                 }
+                let start = *self;
                 let len = self.read_content(kind, pass)?;
+                let body = start.up_to(self);
                 let end = self.clock_behind(id.clock, len)?;
                 let content = match kind {
                     DELETED => Content::Deleted,
@@ -267,6 +280,8 @@ impl<'a> Source<'a> {
                     end,
                     place,
                     content,
+                    kind,
+                    body,
                 })
             }
         }

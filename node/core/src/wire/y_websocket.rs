@@ -97,6 +97,14 @@ impl FrameError {
     pub fn is_violation(&self) -> bool {
         !matches!(self, Self::Unknown { .. })
     }
+
+    /// Whether it is only too large.
+    pub fn is_too_large(&self) -> bool {
+        matches!(
+            self,
+            Self::SavedTooLarge { .. } | Self::Awareness(AwarenessError::TooLarge { .. })
+        )
+    }
 }
 
 /// Reads the messages of a frame, one by one; the first error is the last item.
