@@ -1,704 +1,831 @@
-//! The world: clients, owners, a store with the fence, and what goes wrong between them.
+//! The world of a seed: pods, a database, clients, a network between them, and what goes wrong.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use bytes::Bytes;
-use collab_core::document::{Document, EdgeId, Effect, Input, Peer, new_doc};
-use collab_core::ids::{ConnectionId, Epoch, Seq};
-use collab_core::wire::relay::{ToEdge, UpdateKind};
+use collab_core::document::Document;
+use collab_core::ids::{DocumentId, NodeId, Slot};
+use collab_core::ring::slot_of;
+use collab_node::documents::{Answer, Question};
+use collab_node::edge::{Access, Visitor};
+use collab_node::store::memory::Database;
+use collab_node::store::{Loaded, Store};
+use futures::StreamExt;
 use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
+use tokio::time::{Instant, sleep};
 use yrs::updates::decoder::Decode;
-use yrs::updates::encoder::Encode;
-use yrs::{
-    ClientID, Doc, GetString, OffsetKind, Options, ReadTxn, StateVector, Text, Transact, Update,
-};
+use yrs::{Doc, ReadTxn, Transact, Update};
 
-const CLIENTS: usize = 4;
-/// The part of a run in which things go wrong, in ms.
-const TROUBLE: u64 = 300_000;
-/// The part in which everything heals, in ms.
-const HEALING: u64 = 60_000;
+use crate::client::{self, Arrival, Command, Handle, Socket};
+use crate::database::Server;
+use crate::network::{Connection, Host, Network};
+use crate::pod::{Listener, Process};
+use crate::settings::{Fault, Settings};
+use crate::witness::{Witness, text};
 
-/// What a run did.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// The shortest time in which things go wrong.
+const TROUBLE_MIN: Duration = Duration::from_secs(60);
+/// It ends without having played enough.
+const TROUBLE_MAX: Duration = Duration::from_secs(400);
+/// After the last fault, edits made before it ended are acknowledged in this time.
+const RECOVERY: Duration = Duration::from_secs(15);
+/// The longest that everybody may take to agree once nobody types.
+const AGREEMENT: Duration = Duration::from_secs(20);
+/// A slot may be without a living owner for this long while a node that could take it lives well.
+const ORPHANED_MAX: Duration = Duration::from_secs(5);
+/// A node lives well after this time without anything wrong with it.
+const WELL_AFTER: Duration = Duration::from_secs(8);
+
+/// Everything.
+pub(crate) struct World {
+    pub(crate) settings: Settings,
+    pub(crate) network: Arc<Network>,
+    pub(crate) server: Arc<Server>,
+    pub(crate) witness: Arc<Witness>,
+    random: Arc<Mutex<StdRng>>,
+    pods: Mutex<Vec<Pod>>,
+    clients: Mutex<BTreeMap<usize, Handle>>,
+    next_client: Mutex<usize>,
+    tasks_max: Mutex<usize>,
+}
+
+/// What may hold a process.
+struct Pod {
+    process: Option<Arc<Process>>,
+    /// The machine has power.
+    powered: bool,
+    starts: u32,
+    /// Replaced pods have another uid.
+    uid: String,
+    /// When something was wrong with it last.
+    ailed: Instant,
+}
+
+/// What a seed did.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Outcome {
     pub(crate) acked: usize,
-    pub(crate) faults: usize,
+    pub(crate) commits: usize,
     pub(crate) fenced: usize,
-    pub(crate) seconds: f64,
+    pub(crate) faults: BTreeMap<Fault, usize>,
+    pub(crate) simulated: Duration,
+    pub(crate) tasks_max: usize,
+    pub(crate) hash: u64,
 }
 
-impl std::ops::AddAssign for Outcome {
-    fn add_assign(&mut self, other: Self) {
-        self.acked += other.acked;
-        self.faults += other.faults;
-        self.fenced += other.fenced;
-        self.seconds += other.seconds;
-    }
-}
-
+/// A seed that found something.
 #[derive(Debug)]
-enum Event {
-    /// A client types.
-    Edit(usize),
-    /// A client without a session looks for the owner.
-    Connect(usize),
-    /// What a client sent arrives at the owner of its session.
-    ToOwner(Session, Input),
-    /// What an owner sent arrives at a client.
-    ToClient(Session, ToEdge),
-    /// The store has an append in hand.
-    Write { owner: u64, seq: Seq, update: Bytes },
-    /// The store's answer arrives at the owner.
-    Answer { owner: u64, seq: Seq, held: bool },
-    /// Something goes wrong.
-    Fault,
-    /// A process takes the document over.
-    TakeOver,
-    /// A frozen owner goes on.
-    Thaw(u64),
-    /// An owner hears that it is none any more.
-    Release(u64),
-}
-
-/// A client's connection to one owner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Session {
-    client: usize,
-    number: u64,
-    owner: u64,
-}
-
-/// A process that owns the document, or believes that it does.
-struct Owner {
-    epoch: Epoch,
-    document: Document,
-    /// Inputs that wait for the end of its sleep.
-    frozen: Option<Vec<(Session, Input)>>,
-    /// Answers that wait likewise.
-    answers: Vec<(Seq, bool)>,
-    sessions: BTreeMap<Peer, Session>,
-    /// The group commit: one append at a time, in order.
-    queue: Vec<(Seq, Bytes)>,
-    writing: bool,
-}
-
-struct Client {
-    id: u64,
-    doc: Doc,
-    session: Option<Session>,
-    sessions: u64,
-    sent: u64,
-    /// Per update of this session, how many of its tokens it stands for.
-    covers: BTreeMap<u64, usize>,
-    tokens: Vec<String>,
-    acked: usize,
-}
-
-/// Someone who closed the tab: what was not acknowledged may be gone with it.
-struct Departed {
-    tokens: Vec<String>,
-    acked: usize,
-}
-
-/// Everything, and the seed that decides it.
-pub(crate) struct World {
-    random: StdRng,
-    now: u64,
-    queue: BTreeMap<(u64, u64), Event>,
-    events: u64,
-    clients: Vec<Client>,
-    departed: Vec<Departed>,
-    next_client: u64,
-    owners: BTreeMap<u64, Owner>,
-    /// The owner that new sessions find.
-    current: Option<u64>,
-    next_owner: u64,
-    log: Vec<(Seq, Epoch, Bytes)>,
-    epoch: Epoch,
-    /// Arrival times keep the order of a link.
-    links: BTreeMap<(Session, bool), u64>,
-    outcome: Outcome,
-    fence: bool,
-    early_receipts: bool,
+pub(crate) struct Failure {
+    pub(crate) violations: Vec<String>,
+    pub(crate) trace: String,
 }
 
 impl World {
-    pub(crate) fn new(seed: u64) -> Self {
-        let mut world = Self {
-            random: StdRng::seed_from_u64(seed),
-            now: 0,
-            queue: BTreeMap::new(),
-            events: 0,
-            clients: (1..=CLIENTS as u64).map(Client::new).collect(),
-            departed: Vec::new(),
-            next_client: CLIENTS as u64 + 1,
-            owners: BTreeMap::new(),
-            current: None,
-            next_owner: 1,
-            log: Vec::new(),
-            epoch: Epoch(0),
-            links: BTreeMap::new(),
-            outcome: Outcome::default(),
-            fence: true,
-            early_receipts: false,
-        };
-        world.after(0, Event::TakeOver);
-        for client in 0..CLIENTS {
-            world.after(10, Event::Connect(client));
-            world.after(100, Event::Edit(client));
-        }
-        world.after(1_000, Event::Fault);
-        world
-    }
-
-    /// A mutant: stale owners are not refused.
-    pub(crate) fn without_fence(mut self) -> Self {
-        self.fence = false;
-        self
-    }
-
-    /// A mutant: owners believe that what they queued is durable.
-    pub(crate) fn with_early_receipts(mut self) -> Self {
-        self.early_receipts = true;
-        self
-    }
-
-    /// Plays the seed and checks what must hold.
-    ///
-    /// # Panics
-    /// When it does not hold.
-    pub(crate) fn run(mut self) -> Outcome {
-        while let Some(((at, _), event)) = self.queue.pop_first() {
-            self.now = at;
-            if TROUBLE + HEALING < at {
-                break;
+    /// Plays a seed from its first to its last event.
+    pub(crate) fn play(settings: Settings) -> Result<Outcome, Failure> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime needs little");
+        runtime.block_on(async {
+            let world = Self::new(settings);
+            let outcome = world.run().await;
+            let violations = world.witness.violations();
+            if violations.is_empty() {
+                Ok(outcome)
+            } else {
+                Err(Failure {
+                    violations,
+                    trace: world.witness.last_lines(),
+                })
             }
-            self.step(event);
-        }
-        self.check();
-        let departed: usize = self.departed.iter().map(|departed| departed.acked).sum();
-        self.outcome.acked = departed
-            + self
-                .clients
-                .iter()
-                .map(|client| client.acked)
-                .sum::<usize>();
-        self.outcome.seconds = std::time::Duration::from_millis(self.now).as_secs_f64();
-        self.outcome
+        })
     }
 
-    fn step(&mut self, event: Event) {
-        match event {
-            Event::Edit(client) => self.edit(client),
-            Event::Connect(client) => self.connect(client),
-            Event::ToOwner(session, input) => self.owner_gets(session, input),
-            Event::ToClient(session, message) => self.client_gets(session, message),
-            Event::Write { owner, seq, update } => self.write(owner, seq, update),
-            Event::Answer { owner, seq, held } => self.answer(owner, seq, held),
-            Event::Fault => self.fault(),
-            Event::TakeOver => self.take_over(),
-            Event::Thaw(owner) => self.thaw(owner),
-            Event::Release(owner) => self.release(owner),
-        }
-    }
-
-    fn edit(&mut self, number: usize) {
-        if self.now < TROUBLE {
-            let pause = self.random.random_range(50..2_000);
-            self.after(pause, Event::Edit(number));
-        } else {
-            return;
-        }
-        let place: u32 = self.random.random_range(0..10_000);
-        let client = &mut self.clients[number];
-        let token = format!("<{}.{}>", client.id, client.tokens.len());
-        let text = client.doc.get_or_insert_text("quill");
-        let update: Bytes = {
-            let mut txn = client.doc.transact_mut();
-            // Between tokens, so that none is torn by another.
-            let content = text.get_string(&txn);
-            let ends: Vec<usize> = content
-                .match_indices('>')
-                .map(|(at, _)| at + 1)
-                .chain([0])
-                .collect();
-            let at = ends[place as usize % ends.len()];
-            text.insert(&mut txn, u32::try_from(at).expect("short"), &token);
-            txn.encode_update_v1().into()
-        };
-        client.tokens.push(token);
-        if let Some(session) = client.session {
-            self.send_update(session, UpdateKind::Update, update);
-        }
-    }
-
-    fn connect(&mut self, number: usize) {
-        if self.clients[number].session.is_some() {
-            return;
-        }
-        let reachable = self.current.filter(|owner| self.owners.contains_key(owner));
-        let Some(owner) = reachable else {
-            let pause = self.random.random_range(100..1_000);
-            return self.after(pause, Event::Connect(number));
-        };
-        let client = &mut self.clients[number];
-        client.sessions += 1;
-        let session = Session {
-            client: number,
-            number: client.sessions,
-            owner,
-        };
-        client.session = Some(session);
-        client.sent = 0;
-        client.covers.clear();
-        let state_vector: Bytes = client.doc.transact().state_vector().encode_v1().into();
-        let peer = peer(session);
-        self.send(
-            session,
-            Input::Attach {
-                edge: peer.edge,
-                since: Bytes::new(),
-            },
+    fn new(settings: Settings) -> Arc<Self> {
+        let random = Arc::new(Mutex::new(StdRng::seed_from_u64(settings.seed ^ 0x5EED)));
+        let witness = Arc::new(Witness::new());
+        let network = Network::new(random.clone(), settings.client_delay);
+        let server = Server::new(
+            Database::default(),
+            network.clone(),
+            witness.clone(),
+            random.clone(),
+            settings.commit,
         );
-        self.send(
-            session,
-            Input::Join {
-                peer,
-                author: String::new(),
-            },
-        );
-        self.send(session, Input::Step1 { peer, state_vector });
+        let pods = (0..settings.nodes)
+            .map(|pod| Pod {
+                process: None,
+                powered: true,
+                starts: 0,
+                uid: format!("pod-{pod}"),
+                ailed: Instant::now(),
+            })
+            .collect();
+        Arc::new(Self {
+            settings,
+            network,
+            server,
+            witness,
+            random,
+            pods: Mutex::new(pods),
+            clients: Mutex::default(),
+            next_client: Mutex::default(),
+            tasks_max: Mutex::default(),
+        })
     }
 
-    fn send_update(&mut self, session: Session, kind: UpdateKind, update: Bytes) {
-        let client = &mut self.clients[session.client];
-        client.sent += 1;
-        let number = client.sent;
-        client.covers.insert(number, client.tokens.len());
-        self.send(
-            session,
-            Input::Update {
-                peer: peer(session),
-                number,
-                kind,
-                update,
-            },
-        );
-    }
-
-    fn owner_gets(&mut self, session: Session, input: Input) {
-        let Some(owner) = self.owners.get_mut(&session.owner) else {
-            return;
-        };
-        if let Some(waiting) = &mut owner.frozen {
-            waiting.push((session, input));
-            return;
+    async fn run(self: &Arc<Self>) -> Outcome {
+        let started = Instant::now();
+        self.witness.trace(|| format!("{:?}", self.settings));
+        for pod in 0..self.settings.nodes {
+            self.start(pod);
         }
-        if let Input::Attach { .. } = input {
-            owner.sessions.insert(peer(session), session);
+        for document in 0..self.settings.documents {
+            for _ in 0..self.settings.clients {
+                let browser = self.roll(0, 99) as usize;
+                self.newcomer(document, browser);
+            }
         }
-        let effects = owner.document.handle(input);
-        self.perform(session.owner, effects);
-    }
-
-    fn perform(&mut self, number: u64, effects: Vec<Effect>) {
-        for effect in effects {
-            let Some(owner) = self.owners.get_mut(&number) else {
-                return;
+        let watching = self.clone();
+        let watch = tokio::spawn(async move { watching.watch().await });
+        let mut faults = BTreeMap::new();
+        while !self.is_enough(started, &faults) && self.witness.violations().is_empty() {
+            let pause = self.settings.fault_every;
+            sleep(Duration::from_millis(self.roll(pause / 2, pause * 3 / 2))).await;
+            let fault = {
+                let mut random = self.random();
+                *self
+                    .settings
+                    .faults
+                    .choose(&mut *random)
+                    .expect("there are some")
             };
-            match effect {
-                Effect::FanOut { from, update } => {
-                    let others: Vec<Session> = owner
-                        .sessions
-                        .iter()
-                        .filter(|(peer, _)| Some(**peer) != from)
-                        .map(|(_, session)| *session)
-                        .collect();
-                    for session in others {
-                        self.reply(
-                            session,
-                            ToEdge::FanOut {
-                                except: None,
-                                update: update.clone(),
-                            },
-                        );
-                    }
-                }
-                Effect::Send { to, message } => {
-                    let session = owner
-                        .sessions
-                        .iter()
-                        .find(|(peer, _)| peer.edge == to)
-                        .map(|(_, session)| *session);
-                    if let Some(session) = session {
-                        self.reply(session, message);
-                    }
-                }
-                Effect::Append { seq, update, .. } => {
-                    owner.queue.push((seq, update));
-                    self.write_next(number);
-                    if self.early_receipts
-                        && let Some(owner) = self.owners.get_mut(&number)
-                    {
-                        let effects = owner.document.handle(Input::Committed { seq });
-                        self.perform(number, effects);
-                    }
-                }
-                Effect::Presence { .. } | Effect::NotAdmitted { .. } | Effect::Reload => {}
+            if self.strike(fault) {
+                *faults.entry(fault).or_default() += 1;
             }
+        }
+        self.recover().await;
+        watch.abort();
+        let tasks_max = *self.tasks_max.lock().expect("nobody panics with it");
+        self.check().await;
+        Outcome {
+            acked: self.witness.with_ledger(|ledger| ledger.acknowledged()),
+            commits: self.witness.commits(),
+            fenced: self.witness.fenced(),
+            faults,
+            simulated: started.elapsed(),
+            tasks_max,
+            hash: self.witness.hash(),
         }
     }
 
-    /// Sends the next append to the store, if none is on its way.
-    fn write_next(&mut self, number: u64) {
-        let Some(owner) = self.owners.get_mut(&number) else {
-            return;
+    fn is_enough(&self, started: Instant, faults: &BTreeMap<Fault, usize>) -> bool {
+        let acked = self.witness.with_ledger(|ledger| ledger.acknowledged());
+        let enough = TROUBLE_MIN <= started.elapsed()
+            && 20 <= faults.values().sum::<usize>()
+            && 2_000 <= acked;
+        enough || TROUBLE_MAX <= started.elapsed()
+    }
+
+    // -- pods --
+
+    fn start(self: &Arc<Self>, pod: usize) {
+        let uid = {
+            let mut pods = self.pods();
+            let pod = &mut pods[pod];
+            if pod.process.is_some() || !pod.powered {
+                return;
+            }
+            pod.starts += 1;
+            pod.ailed = Instant::now();
+            pod.uid.clone()
         };
-        if owner.writing || owner.queue.is_empty() {
-            return;
-        }
-        owner.writing = true;
-        let (seq, update) = owner.queue.remove(0);
-        // Now and then a commit hangs for seconds: long enough for the document to change hands.
-        let slow = self.random.random_bool(0.02);
-        let pause = if slow {
-            self.random.random_range(1_000..6_000)
-        } else {
-            self.random.random_range(1..30)
-        };
-        self.after(
-            pause,
-            Event::Write {
-                owner: number,
-                seq,
-                update,
-            },
-        );
-    }
-
-    /// One statement: compares the epoch and inserts. It happens whether or not its sender still lives.
-    fn write(&mut self, number: u64, seq: Seq, update: Bytes) {
-        let epoch = Epoch(i64::try_from(number).expect("few owners"));
-        let held = epoch == self.epoch || !self.fence;
-        if held {
-            self.log.push((seq, epoch, update));
-        } else {
-            self.outcome.fenced += 1;
-        }
-        let pause = self.random.random_range(1..30);
-        self.after(
-            pause,
-            Event::Answer {
-                owner: number,
-                seq,
-                held,
-            },
-        );
-    }
-
-    fn answer(&mut self, number: u64, seq: Seq, held: bool) {
-        let Some(owner) = self.owners.get_mut(&number) else {
-            return;
-        };
-        if owner.frozen.is_some() {
-            owner.answers.push((seq, held));
-            return;
-        }
-        owner.writing = false;
-        if held {
-            let effects = owner.document.handle(Input::Committed { seq });
-            self.perform(number, effects);
-            self.write_next(number);
-        } else {
-            self.end(number);
-        }
-    }
-
-    fn client_gets(&mut self, session: Session, message: ToEdge) {
-        if self.clients[session.client].session != Some(session) {
-            return;
-        }
-        let client = &mut self.clients[session.client];
-        match message {
-            ToEdge::FanOut { update, .. }
-            | ToEdge::Step2 { update, .. }
-            | ToEdge::CatchUp { update } => {
-                let update = Update::decode_v1(&update).expect("an owner sends updates");
-                client
-                    .doc
-                    .transact_mut()
-                    .apply_update(update)
-                    .expect("a client can apply them");
+        let (process, mut running) = Process::start(self, pod, uid);
+        self.witness
+            .trace(|| format!("pod {pod} starts {}", process.incarnation));
+        self.pods()[pod].process = Some(process.clone());
+        let world = self.clone();
+        tokio::spawn(async move {
+            let ended = running.next().await;
+            if process.breath.has_ended() {
+                return;
             }
-            ToEdge::Step1 { state_vector, .. } => {
-                let wanted =
-                    StateVector::decode_v1(&state_vector).expect("an owner sends state vectors");
-                let update = client
-                    .doc
-                    .transact()
-                    .encode_state_as_update_v1(&wanted)
-                    .into();
-                self.send_update(session, UpdateKind::Step2, update);
-            }
-            ToEdge::Receipt { upto, .. } => {
-                let covered = client
-                    .covers
-                    .range(..=upto)
-                    .map(|(_, tokens)| *tokens)
-                    .max();
-                client.acked = client.acked.max(covered.unwrap_or(0));
-            }
-            ToEdge::Refused { reason, .. } => panic!("a good client was refused: {reason}"),
-            _ => {}
-        }
-    }
-
-    fn fault(&mut self) {
-        if TROUBLE < self.now {
-            return;
-        }
-        let pause = self.random.random_range(2_000..15_000);
-        self.after(pause, Event::Fault);
-        self.outcome.faults += 1;
-        match self.random.random_range(0..5) {
-            // The owner is killed.
-            0 => {
-                if let Some(owner) = self.current.take() {
-                    self.end(owner);
-                    let pause = self.random.random_range(500..3_000);
-                    self.after(pause, Event::TakeOver);
+            let reason = match ended {
+                Some(Ok(Err(error))) => error.to_string(),
+                Some(Err(error)) => {
+                    world
+                        .witness
+                        .violated(format!("a task of pod {pod} panicked: {error}"));
+                    return;
                 }
-            }
-            // It freezes, another takes over, and it wakes up none the wiser.
-            1 => {
-                if let Some(owner) = self.current
-                    && let Some(frozen) = self.owners.get_mut(&owner)
-                {
-                    frozen.frozen.get_or_insert_default();
-                    let nap = self.random.random_range(500..8_000);
-                    self.after(nap, Event::Thaw(owner));
-                    self.after(2_500, Event::TakeOver);
-                }
-            }
-            // Another takes over while it works: a partition, or a planned move gone wrong.
-            2 => self.take_over(),
-            // Someone closes the tab, and somebody else comes.
-            3 => {
-                let number = self.random.random_range(0..CLIENTS);
-                self.cut(number);
-                let newcomer = Client::new(self.next_client);
-                self.next_client += 1;
-                let Client { tokens, acked, .. } =
-                    std::mem::replace(&mut self.clients[number], newcomer);
-                self.departed.push(Departed { tokens, acked });
-            }
-            // A client's link breaks.
-            _ => {
-                let client = self.random.random_range(0..CLIENTS);
-                self.cut(client);
-            }
-        }
+                Some(Ok(Ok(()))) | None => "a task ended unasked".to_owned(),
+            };
+            world
+                .witness
+                .trace(|| format!("the process of pod {pod} ends: {reason}"));
+            world.end(pod, &process);
+            sleep(Duration::from_millis(500)).await;
+            world.start(pod);
+        });
     }
 
-    /// Claims first, then loads: what an older owner wrote before the claim is there, and nothing of it comes later.
-    fn take_over(&mut self) {
-        self.epoch = Epoch(i64::try_from(self.next_owner).expect("few owners"));
-        let number = self.next_owner;
-        self.next_owner += 1;
-        let rows: Vec<(Seq, Bytes)> = self
-            .log
-            .iter()
-            .map(|(seq, _, update)| (*seq, update.clone()))
-            .collect();
-        let last = rows.last().map_or(Seq(0), |(seq, _)| *seq);
-        let document =
-            Document::open(self.epoch, None, &rows, last).expect("the log can be loaded");
-        let owner = Owner {
-            epoch: self.epoch,
-            document,
-            frozen: None,
-            answers: Vec::new(),
-            sessions: BTreeMap::new(),
-            queue: Vec::new(),
-            writing: false,
-        };
-        for earlier in self.owners.keys().copied().collect::<Vec<_>>() {
-            let pause = self.random.random_range(200..5_000);
-            self.after(pause, Event::Release(earlier));
-        }
-        self.owners.insert(number, owner);
-        self.current = Some(number);
-    }
-
-    fn release(&mut self, number: u64) {
-        match self.owners.get(&number) {
-            Some(owner) if owner.frozen.is_some() => self.after(500, Event::Release(number)),
-            Some(_) => self.end(number),
-            None => {}
-        }
-    }
-
-    fn thaw(&mut self, number: u64) {
-        let Some(owner) = self.owners.get_mut(&number) else {
-            return;
-        };
-        let waiting = owner.frozen.take().unwrap_or_default();
-        let answers = std::mem::take(&mut owner.answers);
-        for (session, input) in waiting {
-            self.owner_gets(session, input);
-        }
-        for (seq, held) in answers {
-            self.answer(number, seq, held);
-        }
-    }
-
-    /// An owner is no more, and its clients look for the next one.
-    fn end(&mut self, number: u64) {
-        self.owners.remove(&number);
-        for client in 0..CLIENTS {
-            if self.clients[client]
-                .session
-                .is_some_and(|session| session.owner == number)
-            {
-                self.cut(client);
-            }
-        }
-    }
-
-    fn cut(&mut self, client: usize) {
-        if let Some(session) = self.clients[client].session.take()
-            && let Some(owner) = self.owners.get_mut(&session.owner)
+    /// The process is no more: its connections end, and what waited for a turn never gets one.
+    fn end(&self, pod: usize, process: &Arc<Process>) {
+        process.breath.end();
+        let mut pods = self.pods();
+        let pod = &mut pods[pod];
+        pod.ailed = Instant::now();
+        if pod
+            .process
+            .as_ref()
+            .is_some_and(|current| Arc::ptr_eq(current, process))
         {
-            owner.sessions.remove(&peer(session));
-            owner.document.handle(Input::Detach {
-                edge: peer(session).edge,
-            });
+            pod.process = None;
         }
-        let pause = self.random.random_range(50..2_000);
-        self.after(pause, Event::Connect(client));
     }
 
-    fn send(&mut self, session: Session, input: Input) {
-        let at = self.arrival(session, true);
-        self.at(at, Event::ToOwner(session, input));
+    fn process(&self, pod: usize) -> Option<Arc<Process>> {
+        self.pods()[pod].process.clone()
     }
 
-    fn reply(&mut self, session: Session, message: ToEdge) {
-        let at = self.arrival(session, false);
-        self.at(at, Event::ToClient(session, message));
+    fn ails(&self, pod: usize, until: Duration) {
+        let mut pods = self.pods();
+        pods[pod].ailed = pods[pod].ailed.max(Instant::now() + until);
     }
 
-    fn arrival(&mut self, session: Session, up: bool) -> u64 {
-        let delay = self.random.random_range(1..100);
-        let last = self.links.entry((session, up)).or_default();
-        *last = (self.now + delay).max(*last);
-        *last
-    }
-
-    fn after(&mut self, pause: u64, event: Event) {
-        self.at(self.now + pause, event);
-    }
-
-    fn at(&mut self, at: u64, event: Event) {
-        self.events += 1;
-        self.queue.insert((at, self.events), event);
-    }
-
-    fn check(&self) {
-        for pair in self.log.windows(2) {
-            assert_eq!(
-                pair[0].0.next(),
-                pair[1].0,
-                "the log has no hole and nothing twice"
-            );
-            assert!(pair[0].1 <= pair[1].1, "epochs never fall along the log");
+    pub(crate) fn listener(&self, pod: usize) -> Listener {
+        let pods = self.pods();
+        match pods.get(pod) {
+            Some(pod) if !pod.powered => Listener::NoHost,
+            Some(pod) => pod
+                .process
+                .clone()
+                .map_or(Listener::Nobody, Listener::Process),
+            None => Listener::Nobody,
         }
-        let cold = new_doc();
-        for (_, _, update) in &self.log {
-            let update = Update::decode_v1(update).expect("the log holds updates");
-            cold.transact_mut()
-                .apply_update(update)
-                .expect("they can be applied");
+    }
+
+    /// Where the balancer sends a client: mostly to a pod that has a process.
+    pub(crate) fn pod_for_client(&self, random: &mut StdRng) -> usize {
+        let pods = self.pods();
+        let ready: Vec<usize> = (0..pods.len())
+            .filter(|pod| pods[*pod].process.is_some())
+            .collect();
+        match ready.choose(random) {
+            Some(pod) if random.random_bool(0.9) => *pod,
+            _ => random.random_range(0..pods.len()),
         }
-        let stored = text(&cold);
-        let owner = self
-            .current
-            .and_then(|owner| self.owners.get(&owner))
-            .expect("somebody owns it");
-        assert_eq!(owner.epoch, self.epoch);
-        assert_eq!(
-            owner.document.text("quill"),
-            stored,
-            "the owner has what the store has"
-        );
-        for client in &self.clients {
-            assert_eq!(text(&client.doc), stored, "every client ends alike");
-            assert_eq!(
-                client.acked,
-                client.tokens.len(),
-                "after the healing everything is acknowledged"
-            );
-            for token in &client.tokens {
-                assert_eq!(
-                    stored.matches(token.as_str()).count(),
-                    1,
-                    "{token} is there exactly once"
-                );
+    }
+
+    /// A client's first packet is on its way to a pod.
+    pub(crate) fn arrive(
+        self: &Arc<Self>,
+        pod: usize,
+        client: Host,
+        link: &Arc<Connection>,
+        socket: Socket,
+    ) {
+        let (world, link) = (self.clone(), link.clone());
+        tokio::spawn(async move {
+            sleep(world.network.delay(client, Host::Pod(pod))).await;
+            world.network.uncut(client, Host::Pod(pod)).await;
+            match world.listener(pod) {
+                Listener::Process(process) => {
+                    let edge = process.node.edge.clone();
+                    process.tasks.spawn(async move {
+                        let mut socket = socket;
+                        let opened = (Instant::now(), Arrival::Opened);
+                        if let Some(sender) = socket.to.get_ref() {
+                            let _ = sender.send(opened).await;
+                        }
+                        let document = socket.document.clone();
+                        let visitor = Visitor {
+                            author: String::new(),
+                            access: Access::Write,
+                        };
+                        edge.serve(&mut socket, document, visitor).await;
+                    });
+                }
+                Listener::Nobody => link.reset(),
+                Listener::NoHost => std::future::pending().await,
+            }
+        });
+    }
+
+    // -- clients --
+
+    fn newcomer(self: &Arc<Self>, document: usize, browser: usize) {
+        let number = {
+            let mut next = self.next_client.lock().expect("nobody panics with it");
+            *next += 1;
+            *next - 1
+        };
+        let document = DocumentId::new(&format!("document-{document}")).expect("a good name");
+        let seed = self.roll_u64();
+        let handle = client::start(self, number, browser, document, seed);
+        self.clients().insert(number, handle);
+    }
+
+    /// The tabs of a browser that show the same document as a client of it.
+    pub(crate) fn other_tabs(&self, browser: usize, number: usize) -> Vec<Handle> {
+        let clients = self.clients();
+        let Some(me) = clients.get(&number) else {
+            return Vec::new();
+        };
+        let same = clients.values().filter(|other| {
+            other.number != number && other.browser == browser && other.document == me.document
+        });
+        same.cloned().collect()
+    }
+
+    // -- what goes wrong --
+
+    /// Lets something go wrong, and see to it that it ends. Answers whether it did.
+    fn strike(self: &Arc<Self>, fault: Fault) -> bool {
+        let length = self.settings.fault_length;
+        let length = Duration::from_millis(self.roll(length / 4, length * 2));
+        let pod = self.roll(0, self.settings.nodes as u64 - 1) as usize;
+        let other = (pod
+            + 1
+            + self.roll(0, self.settings.nodes as u64) as usize
+                % self.settings.nodes.max(2).saturating_sub(1))
+            % self.settings.nodes;
+        let client = {
+            let clients = self.clients();
+            let numbers: Vec<usize> = clients.keys().copied().collect();
+            *numbers.choose(&mut *self.random()).expect("there are some")
+        };
+        self.witness.trace(|| {
+            format!("FAULT {fault:?} pod {pod} other {other} client {client} {length:?}")
+        });
+        let (a, b, c) = (Host::Pod(pod), Host::Pod(other), Host::Client(client));
+        match fault {
+            Fault::Kill => {
+                let Some(process) = self.process(pod) else {
+                    return false;
+                };
+                self.end(pod, &process);
+                // A process starts anew in its pod, or a new pod replaces it.
+                if self.roll(0, 2) == 0 {
+                    let mut pods = self.pods();
+                    pods[pod].uid = format!("pod-{pod}.{}", pods[pod].starts);
+                }
+                self.later(length, move |world| world.start(pod));
+            }
+            Fault::PowerOff => {
+                let Some(process) = self.process(pod) else {
+                    return false;
+                };
+                self.isolate(pod);
+                self.end(pod, &process);
+                self.pods()[pod].powered = false;
+                self.later(length, move |world| world.power_on(pod));
+            }
+            Fault::Freeze => {
+                let Some(process) = self.process(pod) else {
+                    return false;
+                };
+                process.breath.hold();
+                self.ails(pod, length);
+                self.later(length, move |world| {
+                    world.ails(pod, Duration::ZERO);
+                    process.breath.go_on();
+                });
+            }
+            Fault::Stop => return self.stop(pod, length),
+            Fault::Drain => {
+                self.ails(pod, length);
+                self.operate(pod, true);
+                self.later(length, move |world| world.operate(pod, false));
+            }
+            Fault::Plan => self.plan(),
+            Fault::CutStore | Fault::CutStoreReplies => {
+                self.ails(pod, length);
+                self.network.cut(Host::Database, a);
+                if fault == Fault::CutStore {
+                    self.network.cut(a, Host::Database);
+                }
+                self.later(length, move |world| {
+                    world.ails(pod, Duration::ZERO);
+                    world.network.mend(Host::Database, a);
+                    world.network.mend(a, Host::Database);
+                });
+            }
+            Fault::Outage => {
+                self.server.go_down();
+                for pod in 0..self.settings.nodes {
+                    self.ails(pod, length);
+                }
+                self.later(length, |world| world.server.come_up());
+            }
+            Fault::SlowCommits => {
+                for pod in 0..self.settings.nodes {
+                    self.ails(pod, length);
+                }
+                let extra = Duration::from_millis(self.roll(50, 4_000));
+                self.server.slow_commits(extra);
+                self.later(length, |world| {
+                    world.server.slow_commits(Duration::ZERO);
+                });
+            }
+            Fault::FailOver => {
+                self.server.fail_over(0);
+                self.witness.failed_over(&self.server.database);
+            }
+            Fault::CutPeers | Fault::CutPeersOneWay => {
+                self.network.cut(a, b);
+                if fault == Fault::CutPeers {
+                    self.network.cut(b, a);
+                }
+                self.later(length, move |world| {
+                    world.network.mend(a, b);
+                    world.network.mend(b, a);
+                });
+            }
+            Fault::SlowPeers => {
+                let extra = Duration::from_millis(self.roll(20, 2_000));
+                self.network.slow_down(a, b, extra);
+                self.later(length, move |world| {
+                    world.network.slow_down(a, b, Duration::ZERO);
+                });
+            }
+            Fault::ResetPeers => {
+                let between = |x, y| (x, y) == (a, b) || (x, y) == (b, a);
+                return 0 < self.network.reset(between);
+            }
+            Fault::CutClient | Fault::CutClientOneWay => {
+                let one_way = fault == Fault::CutClientOneWay;
+                let hears = self.roll(0, 1) == 0;
+                for pod in 0..self.settings.nodes {
+                    let pod = Host::Pod(pod);
+                    if !one_way || hears {
+                        self.network.cut(c, pod);
+                    }
+                    if !one_way || !hears {
+                        self.network.cut(pod, c);
+                    }
+                }
+                self.later(length, move |world| world.mend_client(c));
+            }
+            Fault::ResetClient => return 0 < self.network.reset(|from, _| from == c),
+            Fault::Offline => self.tell(client, Command::Offline(length)),
+            Fault::Depart => {
+                let Some(handle) = self.clients().remove(&client) else {
+                    return false;
+                };
+                let _ = handle.commands.send(Command::Depart);
+                self.network.reset(|from, _| from == c);
+                let name = handle.document.as_str();
+                let document = name.trim_start_matches("document-").parse();
+                // Somebody new, or another tab of somebody who is there.
+                let browser = self.roll(0, 20) as usize;
+                self.newcomer(document.expect("a number"), browser);
             }
         }
-        let mut known: Vec<&String> = self
-            .clients
-            .iter()
-            .flat_map(|client| &client.tokens)
+        true
+    }
+
+    fn later(self: &Arc<Self>, pause: Duration, act: impl FnOnce(&Arc<Self>) + Send + 'static) {
+        let world = self.clone();
+        tokio::spawn(async move {
+            sleep(pause).await;
+            act(&world);
+        });
+    }
+
+    fn stop(self: &Arc<Self>, pod: usize, pause: Duration) -> bool {
+        let Some(process) = self.process(pod) else {
+            return false;
+        };
+        self.ails(pod, Duration::from_mins(2));
+        let world = self.clone();
+        let handoff = process.node.handoff.clone();
+        let left = process.tasks.spawn(async move { handoff.leave().await });
+        tokio::spawn(async move {
+            if left.await.is_ok() {
+                world.witness.trace(|| format!("pod {pod} has left"));
+                world.end(pod, &process);
+                sleep(pause).await;
+                world.start(pod);
+            }
+        });
+        true
+    }
+
+    /// Cuts a host off without a word to anybody.
+    fn isolate(&self, pod: usize) {
+        let host = Host::Pod(pod);
+        for other in self.hosts() {
+            self.network.cut(host, other);
+            self.network.cut(other, host);
+        }
+    }
+
+    fn power_on(self: &Arc<Self>, pod: usize) {
+        {
+            let mut pods = self.pods();
+            if pods[pod].powered {
+                return;
+            }
+            pods[pod].powered = true;
+        }
+        let host = Host::Pod(pod);
+        for other in self.hosts() {
+            self.network.mend(host, other);
+            self.network.mend(other, host);
+        }
+        // It knows nothing of the connections it had.
+        self.network.reset(|from, to| from == host || to == host);
+        self.start(pod);
+    }
+
+    fn hosts(&self) -> Vec<Host> {
+        let pods = (0..self.settings.nodes).map(Host::Pod);
+        let clients: Vec<Host> = self.clients().keys().copied().map(Host::Client).collect();
+        pods.chain(clients).chain([Host::Database]).collect()
+    }
+
+    fn mend_client(&self, client: Host) {
+        for pod in (0..self.settings.nodes).map(Host::Pod) {
+            self.network.mend(client, pod);
+            self.network.mend(pod, client);
+        }
+    }
+
+    /// The operator asks a node to drain, or takes that back.
+    fn operate(self: &Arc<Self>, pod: usize, drain: bool) {
+        let world = self.clone();
+        tokio::spawn(async move {
+            let store = world.server.database.sessions();
+            let node = NodeId(format!("node-{pod}"));
+            if !world.server.is_down()
+                && let Ok(term) = store.take_term("operator").await
+            {
+                let _ = store.set_drain(term, &node, drain).await;
+            }
+        });
+    }
+
+    /// The operator plans anew, as it pleases.
+    fn plan(self: &Arc<Self>) {
+        let nodes: Vec<NodeId> = (0..self.settings.slots)
+            .map(|_| {
+                let pod = self.roll(0, self.settings.nodes as u64 - 1);
+                NodeId(format!("node-{pod}"))
+            })
             .collect();
-        for departed in &self.departed {
-            for (number, token) in departed.tokens.iter().enumerate() {
-                match stored.matches(token.as_str()).count() {
-                    0 => assert!(
-                        departed.acked <= number,
-                        "{token} was acknowledged and is lost"
-                    ),
-                    1 => known.push(token),
-                    _ => panic!("{token} is there twice"),
+        let world = self.clone();
+        tokio::spawn(async move {
+            let store = world.server.database.sessions();
+            if !world.server.is_down()
+                && let Ok(term) = store.take_term("operator").await
+            {
+                let _ = store.set_placement(term, &nodes).await;
+            }
+        });
+    }
+
+    fn tell(&self, client: usize, command: Command) {
+        if let Some(handle) = self.clients().get(&client) {
+            let _ = handle.commands.send(command);
+        }
+    }
+
+    // -- what must hold --
+
+    /// Looks again and again at what only time can show.
+    async fn watch(self: Arc<Self>) {
+        let mut orphaned = BTreeMap::<Slot, Instant>::new();
+        loop {
+            sleep(Duration::from_millis(250)).await;
+            let now = Instant::now();
+            let well = {
+                let pods = self.pods();
+                pods.iter().any(|pod| {
+                    pod.ailed + WELL_AFTER <= now
+                        && pod
+                            .process
+                            .as_ref()
+                            .is_some_and(|process| process.breath.runs())
+                })
+            };
+            let living: Vec<_> = self
+                .server
+                .database
+                .members()
+                .into_iter()
+                .filter(|member| !member.lease_left.is_zero())
+                .map(|member| member.incarnation)
+                .collect();
+            let processes: Vec<Arc<Process>> = self
+                .pods()
+                .iter()
+                .filter_map(|pod| pod.process.clone())
+                .collect();
+            for process in processes {
+                let tasks = process.breath.tasks();
+                let mut most = self.tasks_max.lock().expect("nobody panics with it");
+                *most = tasks.max(*most);
+            }
+            for row in self.server.database.slots() {
+                let owned = row.owner.is_some_and(|owner| living.contains(&owner));
+                if owned || !well {
+                    orphaned.remove(&row.slot);
+                    continue;
+                }
+                let since = *orphaned.entry(row.slot).or_insert(now);
+                if ORPHANED_MAX < now - since {
+                    self.witness.violated(format!(
+                        "slot {} has had no owner for {:?} and a node lives well",
+                        row.slot,
+                        now - since
+                    ));
+                    orphaned.remove(&row.slot);
                 }
             }
         }
-        let length: usize = known.into_iter().map(String::len).sum();
-        assert_eq!(stored.len(), length, "nothing else is there");
     }
-}
 
-impl Client {
-    fn new(id: u64) -> Self {
-        let options = Options {
-            client_id: ClientID::new(id),
-            offset_kind: OffsetKind::Utf16,
-            ..Options::default()
+    /// Ends all that goes wrong, and sees that receipts come again.
+    async fn recover(self: &Arc<Self>) {
+        self.witness.trace(|| "everything heals".to_owned());
+        self.network.heal();
+        self.server.come_up();
+        self.server.slow_commits(Duration::ZERO);
+        for pod in 0..self.settings.nodes {
+            self.power_on(pod);
+            self.operate(pod, false);
+            if let Some(process) = self.process(pod) {
+                process.breath.go_on();
+            }
+            self.start(pod);
+        }
+        let numbers: Vec<usize> = self.clients().keys().copied().collect();
+        for client in numbers {
+            self.tell(client, Command::Online);
+        }
+        let healed = Instant::now();
+        sleep(RECOVERY).await;
+        let handles: Vec<Handle> = self.clients().values().cloned().collect();
+        for handle in &handles {
+            let pending = handle.pending.lock().expect("nobody panics with it");
+            let overdue = pending.iter().find(|(_, made)| **made <= healed);
+            if let Some((change, _)) = overdue {
+                self.witness.violated(format!(
+                    "client {} still waits for the receipt of {change:?}, {RECOVERY:?} after the last fault",
+                    handle.number
+                ));
+            }
+            let _ = handle.commands.send(Command::Rest);
+        }
+        let agreed = async {
+            loop {
+                sleep(Duration::from_millis(250)).await;
+                let waits = handles.iter().any(|handle| {
+                    let pending = handle.pending.lock().expect("nobody panics with it");
+                    !pending.is_empty()
+                });
+                let texts: BTreeMap<&DocumentId, String> = handles
+                    .iter()
+                    .map(|handle| (&handle.document, text(&handle.replica)))
+                    .collect();
+                let differ = handles
+                    .iter()
+                    .any(|handle| texts[&handle.document] != text(&handle.replica));
+                if !waits && !differ {
+                    return;
+                }
+            }
         };
-        Self {
-            id,
-            doc: Doc::with_options(options),
-            session: None,
-            sessions: id * 1_000,
-            sent: 0,
-            covers: BTreeMap::new(),
-            tokens: Vec::new(),
-            acked: 0,
+        let _ = tokio::time::timeout(AGREEMENT, agreed).await;
+    }
+
+    /// Compares every client, the owner and a cold reload with each other and with what was promised.
+    async fn check(self: &Arc<Self>) {
+        let handles: Vec<Handle> = self.clients().values().cloned().collect();
+        for handle in &handles {
+            let pending = handle.pending.lock().expect("nobody panics with it").len();
+            if 0 < pending {
+                self.witness.violated(format!(
+                    "client {} has {pending} changes without a receipt at the end",
+                    handle.number
+                ));
+            }
+        }
+        for number in 0..self.settings.documents {
+            let document = DocumentId::new(&format!("document-{number}")).expect("a good name");
+            let mut witnesses: Vec<(String, Doc)> = handles
+                .iter()
+                .filter(|handle| handle.document == document)
+                .map(|handle| (format!("client {}", handle.number), handle.replica.clone()))
+                .collect();
+            match self.reload(&document).await {
+                Ok(cold) => witnesses.push(("a cold reload".to_owned(), cold)),
+                Err(reason) => self.witness.violated(format!("{document}: {reason}")),
+            }
+            match self.owner(&document).await {
+                Ok(owner) => witnesses.push(("the owner".to_owned(), owner)),
+                Err(reason) => self.witness.violated(format!("{document}: {reason}")),
+            }
+            let Some((first, reference)) = witnesses.first().cloned() else {
+                continue;
+            };
+            for (name, replica) in &witnesses {
+                let content = text(replica);
+                let verdict = self
+                    .witness
+                    .with_ledger(|ledger| ledger.judge(&document, &content));
+                if !verdict.is_clean() {
+                    self.witness
+                        .violated(format!("{document} at {name}: {verdict:?}"));
+                }
+                let same = replica.transact().snapshot() == reference.transact().snapshot();
+                if content != text(&reference) || !same {
+                    self.witness
+                        .violated(format!("{document}: {name} and {first} differ"));
+                }
+            }
         }
     }
-}
 
-const fn peer(session: Session) -> Peer {
-    let connection = ConnectionId(session.client as u64);
-    Peer {
-        edge: EdgeId(session.client as u64 * 1_000_000_000 + session.number),
-        connection,
+    /// The document as a process that knows nothing would open it.
+    async fn reload(&self, document: &DocumentId) -> Result<Doc, String> {
+        let loaded = self.server.database.sessions().load(document).await;
+        let Loaded::Live {
+            snapshot,
+            log,
+            last,
+            ..
+        } = loaded.map_err(|error| error.to_string())?
+        else {
+            return Err("it was never created".to_owned());
+        };
+        let snapshot = snapshot
+            .as_ref()
+            .map(|stored| (stored.seq, stored.bytes.as_ref()));
+        let slot = slot_of(document, self.settings.slots);
+        let epoch = self.server.database.slots()[usize::from(slot.0)].epoch;
+        let opened =
+            Document::open(epoch, snapshot, &log, last).map_err(|error| error.to_string())?;
+        Ok(replica_of(&opened.encode_state()))
+    }
+
+    /// The document as its owner has it in memory.
+    async fn owner(&self, document: &DocumentId) -> Result<Doc, String> {
+        let slot = slot_of(document, self.settings.slots);
+        let owner = self.server.database.slots()[usize::from(slot.0)].owner;
+        let processes: Vec<Arc<Process>> = self
+            .pods()
+            .iter()
+            .filter_map(|pod| pod.process.clone())
+            .collect();
+        let process = processes
+            .into_iter()
+            .find(|process| Some(process.incarnation) == owner)
+            .ok_or("nobody owns it")?;
+        let (documents, name) = (process.node.documents.clone(), document.clone());
+        let asked = process
+            .tasks
+            .spawn(async move { documents.ask(&name, Question::State).await });
+        match asked.await {
+            Ok(Ok(Answer::State(state))) => Ok(replica_of(&state)),
+            Ok(other) => Err(format!("its owner answers {other:?}")),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    // -- chance --
+
+    pub(crate) fn roll_u64(&self) -> u64 {
+        self.random().random()
+    }
+
+    fn roll(&self, from: u64, upto: u64) -> u64 {
+        self.random().random_range(from..=upto)
+    }
+
+    fn random(&self) -> std::sync::MutexGuard<'_, StdRng> {
+        self.random.lock().expect("nobody panics with it")
+    }
+
+    fn pods(&self) -> std::sync::MutexGuard<'_, Vec<Pod>> {
+        self.pods.lock().expect("nobody panics with it")
+    }
+
+    fn clients(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, Handle>> {
+        self.clients.lock().expect("nobody panics with it")
     }
 }
 
-fn text(doc: &Doc) -> String {
-    let text = doc.get_or_insert_text("quill");
-    text.get_string(&doc.transact())
+fn replica_of(state: &[u8]) -> Doc {
+    let doc = collab_core::document::new_doc();
+    let update = Update::decode_v1(state).expect("an owner's state");
+    let applied = doc.transact_mut().apply_update(update);
+    applied.expect("an owner's state can be applied");
+    doc
 }

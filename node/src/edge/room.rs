@@ -587,7 +587,8 @@ impl Room {
     fn fan_out(&mut self, except: Option<ConnectionId>, update: &Bytes) {
         let mut shared = Shared::new(Told::Update(update));
         for (connection, socket) in &mut self.sockets {
-            if Some(*connection) == except {
+            // Two clients may answer with the same bytes: those of the other must not pass for the own receipt.
+            if Some(*connection) == except || socket.is_owed(update) {
                 continue;
             }
             match socket.feed {
@@ -1061,6 +1062,12 @@ impl Socket {
             self.refused = self.refused.saturating_add(1);
             self.tell(Told::Status(Status::Refused));
         }
+    }
+
+    /// The client sent these bytes, and takes their return for a receipt.
+    fn is_owed(&self, update: &Bytes) -> bool {
+        let owed = |owed: &Owed| matches!(&owed.receipt, Receipt::Echo(sent) if sent == update);
+        self.owed.iter().any(owed)
     }
 
     /// Counts an update and notes what is owed for it. Answers its number, unless it answers an owner

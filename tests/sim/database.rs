@@ -1,0 +1,488 @@
+//! The database server as a node reaches it: statements travel, wait, are executed at some moment, and
+//! their answers travel back, unless something happens to one of the three.
+//!
+//! A statement that was sent is executed whether or not its sender still lives or waits, perhaps long
+//! after it has given up.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use collab_core::control::{LoadSample, MemberState};
+use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
+use collab_node::store::memory::{Database, Memory};
+use collab_node::store::{
+    Append, Appended, Claim, Created, DocumentRow, Fence, LoadError, Loaded, MapChange,
+    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewed, Store, StoreError,
+    StoredSnapshot, Summary, WrittenRow,
+};
+use rand::Rng;
+use rand::rngs::StdRng;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+use crate::network::{Host, Network};
+use crate::witness::Witness;
+
+/// As the store of a cluster gives up.
+const DATA_TIMEOUT: Duration = Duration::from_secs(10);
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The server and what ails it.
+pub(crate) struct Server {
+    pub(crate) database: Database,
+    network: Arc<Network>,
+    witness: Arc<Witness>,
+    random: Arc<Mutex<StdRng>>,
+    health: Mutex<Health>,
+    /// Longest usual commit, in ms.
+    commit: u64,
+}
+
+#[derive(Default)]
+struct Health {
+    down: bool,
+    /// Raised when it goes down: what was in hand then is never answered.
+    outages: u64,
+    /// Commits take so much longer.
+    slow: Duration,
+}
+
+/// The sessions of one process.
+#[derive(Clone)]
+pub(crate) struct Sessions {
+    server: Arc<Server>,
+    memory: Arc<Memory>,
+    pod: Host,
+    /// Batches without an answer, by slot.
+    in_flight: Arc<Mutex<BTreeMap<Slot, usize>>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+}
+
+impl Server {
+    pub(crate) fn new(
+        database: Database,
+        network: Arc<Network>,
+        witness: Arc<Witness>,
+        random: Arc<Mutex<StdRng>>,
+        commit: u64,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            database,
+            network,
+            witness,
+            random,
+            health: Mutex::default(),
+            commit,
+        })
+    }
+
+    pub(crate) fn sessions(self: &Arc<Self>, pod: Host) -> Sessions {
+        Sessions {
+            server: self.clone(),
+            memory: Arc::new(self.database.sessions()),
+            pod,
+            in_flight: Arc::default(),
+        }
+    }
+
+    pub(crate) fn go_down(&self) {
+        let mut health = self.health();
+        health.down = true;
+        health.outages += 1;
+    }
+
+    pub(crate) fn come_up(&self) {
+        self.health().down = false;
+    }
+
+    pub(crate) fn is_down(&self) -> bool {
+        self.health().down
+    }
+
+    pub(crate) fn slow_commits(&self, extra: Duration) {
+        self.health().slow = extra;
+    }
+
+    /// Another server takes over. What was in hand is not answered.
+    pub(crate) fn fail_over(&self, lost: usize) {
+        self.health().outages += 1;
+        self.database.fail_over(lost);
+    }
+
+    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
+        self.health.lock().expect("nobody panics with it")
+    }
+
+    fn roll(&self, from: u64, upto: u64) -> u64 {
+        let mut random = self.random.lock().expect("nobody panics with it");
+        random.random_range(from..=upto)
+    }
+
+    /// How long a statement is in hand before it takes effect.
+    fn work(&self, kind: Kind) -> Duration {
+        let usual = match kind {
+            Kind::Read => self.roll(0, 3),
+            // Now and then a commit hangs for long enough that slots change hands.
+            Kind::Write if self.roll(0, 399) == 0 => self.roll(200, 4_000),
+            Kind::Write => self.roll(1, self.commit),
+        };
+        let slow = match kind {
+            Kind::Read => Duration::ZERO,
+            Kind::Write => self.health().slow,
+        };
+        let share = self.roll(200, 1_000);
+        Duration::from_millis(usual) + slow * u32::try_from(share).expect("small") / 1_000
+    }
+}
+
+impl Sessions {
+    /// Sends a statement and waits for its answer.
+    async fn call<T, E, F>(
+        &self,
+        kind: Kind,
+        limit: Duration,
+        statement: impl FnOnce(Arc<Memory>) -> F + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+        F: Future<Output = Result<T, E>> + Send,
+    {
+        let (reply, answer) = oneshot::channel();
+        let Self {
+            server,
+            memory,
+            pod,
+            ..
+        } = self.clone();
+        // Not a task of the node: it goes on without it.
+        tokio::spawn(async move {
+            let network = &server.network;
+            sleep(network.delay(pod, Host::Database)).await;
+            network.uncut(pod, Host::Database).await;
+            let (down, outages) = {
+                let health = server.health();
+                (health.down, health.outages)
+            };
+            if down && server.roll(0, 3) == 0 {
+                return std::future::pending().await; // a host that is not there does not even refuse
+            }
+            if !down {
+                sleep(server.work(kind)).await;
+            }
+            let result = if down || (server.health().outages != outages && server.roll(0, 1) == 0) {
+                Err(E::from(gone()))
+            } else {
+                let result = statement(memory).await;
+                if kind == Kind::Write {
+                    server.witness.after_statement(&server.database);
+                }
+                result
+            };
+            let unanswered = server.health().outages != outages;
+            sleep(network.delay(Host::Database, pod)).await;
+            network.uncut(Host::Database, pod).await;
+            let _ = reply.send(if unanswered {
+                Err(E::from(gone()))
+            } else {
+                result
+            });
+        });
+        match timeout(limit, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) | Err(_) => Err(E::from(gone())),
+        }
+    }
+}
+
+fn gone() -> StoreError {
+    StoreError::Unavailable(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))
+}
+
+/// Counts the batches of each slot for as long as the node waits for them.
+struct Flight<'a> {
+    sessions: &'a Sessions,
+    slots: Vec<Slot>,
+}
+
+impl<'a> Flight<'a> {
+    fn new(sessions: &'a Sessions, batch: &[Append]) -> Self {
+        let mut slots: Vec<Slot> = batch.iter().map(|append| append.ownership.slot).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        let mut in_flight = sessions.in_flight.lock().expect("nobody panics with it");
+        for slot in &slots {
+            let batches = in_flight.entry(*slot).or_default();
+            *batches += 1;
+            if 1 < *batches {
+                sessions
+                    .server
+                    .witness
+                    .violated(format!("two batches in flight for slot {slot}"));
+            }
+        }
+        drop(in_flight);
+        Self { sessions, slots }
+    }
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        let mut in_flight = self
+            .sessions
+            .in_flight
+            .lock()
+            .expect("nobody panics with it");
+        for slot in &self.slots {
+            if let Some(batches) = in_flight.get_mut(slot) {
+                *batches -= 1;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Store for Sessions {
+    async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
+        let _flight = Flight::new(self, batch);
+        let batch = batch.to_vec();
+        let server = self.server.clone();
+        self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
+            let done = memory.append(&batch).await?;
+            server.witness.appended(&batch, &done);
+            Ok(done)
+        })
+        .await
+    }
+
+    async fn written(&self, keys: &[(DocumentId, Seq)]) -> Result<Vec<WrittenRow>, StoreError> {
+        let keys = keys.to_vec();
+        self.call(Kind::Read, DATA_TIMEOUT, move |memory| async move {
+            memory.written(&keys).await
+        })
+        .await
+    }
+
+    async fn load_with(
+        &self,
+        document: &DocumentId,
+        copy: Option<(RoomEpoch, StoredSnapshot)>,
+    ) -> Result<Loaded, LoadError> {
+        let document = document.clone();
+        let server = self.server.clone();
+        self.call(Kind::Read, DATA_TIMEOUT, move |memory| async move {
+            let loaded = memory.load_with(&document, copy).await;
+            if let Err(LoadError::Damaged { .. }) = &loaded {
+                server
+                    .witness
+                    .violated(format!("{document} is damaged: {loaded:?}"));
+            }
+            loaded
+        })
+        .await
+    }
+
+    async fn create(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        recreate: Recreate,
+    ) -> Result<Created, StoreError> {
+        let document = document.clone();
+        self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
+            memory.create(&document, ownership, recreate).await
+        })
+        .await
+    }
+
+    async fn delete(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+        last: Seq,
+    ) -> Result<Fence, StoreError> {
+        let document = document.clone();
+        self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
+            memory.delete(&document, ownership, last).await
+        })
+        .await
+    }
+
+    async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
+        let snapshot = snapshot.clone();
+        let server = self.server.clone();
+        self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
+            let fence = memory.snapshot(&snapshot).await?;
+            if fence == Fence::Held {
+                server.witness.snapshotted(&snapshot);
+            }
+            Ok(fence)
+        })
+        .await
+    }
+
+    async fn compact(
+        &self,
+        document: &DocumentId,
+        ownership: Ownership,
+    ) -> Result<Fence, StoreError> {
+        let document = document.clone();
+        self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
+            memory.compact(&document, ownership).await
+        })
+        .await
+    }
+
+    async fn documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<DocumentRow>, StoreError> {
+        let after = after.cloned();
+        self.call(Kind::Read, DATA_TIMEOUT, move |memory| async move {
+            memory.documents(after.as_ref(), limit).await
+        })
+        .await
+    }
+
+    async fn document(&self, document: &DocumentId) -> Result<Option<DocumentRow>, StoreError> {
+        let document = document.clone();
+        self.call(Kind::Read, DATA_TIMEOUT, move |memory| async move {
+            memory.document(&document).await
+        })
+        .await
+    }
+
+    async fn register(
+        &self,
+        member: &Registration,
+        slots: u16,
+        lease: Duration,
+    ) -> Result<(), StoreError> {
+        let member = member.clone();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.register(&member, slots, lease).await
+        })
+        .await
+    }
+
+    async fn renew(
+        &self,
+        incarnation: Uuid,
+        lease: Duration,
+        load: LoadSample,
+    ) -> Result<Option<Renewed>, StoreError> {
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.renew(incarnation, lease, load).await
+        })
+        .await
+    }
+
+    async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.set_state(incarnation, state).await
+        })
+        .await
+    }
+
+    async fn leave(&self, incarnation: Uuid) -> Result<(), StoreError> {
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.leave(incarnation).await
+        })
+        .await
+    }
+
+    async fn map(&self, horizon: i64) -> Result<MapChange, StoreError> {
+        self.call(Kind::Read, CONTROL_TIMEOUT, move |memory| async move {
+            memory.map(horizon).await
+        })
+        .await
+    }
+
+    async fn claim(
+        &self,
+        incarnation: Uuid,
+        slots: &[Slot],
+        claim: Claim,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let slots = slots.to_vec();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.claim(incarnation, &slots, claim).await
+        })
+        .await
+    }
+
+    async fn hand_off(
+        &self,
+        from: &[Ownership],
+        to: Uuid,
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let from = from.to_vec();
+        self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
+            memory.hand_off(&from, to).await
+        })
+        .await
+    }
+
+    async fn placement(&self) -> Result<Placement, StoreError> {
+        self.call(Kind::Read, CONTROL_TIMEOUT, move |memory| async move {
+            memory.placement().await
+        })
+        .await
+    }
+
+    async fn take_term(&self, holder: &str) -> Result<Term, StoreError> {
+        let holder = holder.to_owned();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.take_term(&holder).await
+        })
+        .await
+    }
+
+    async fn set_placement(
+        &self,
+        term: Term,
+        slots: &[NodeId],
+    ) -> Result<Result<(), Term>, StoreError> {
+        let slots = slots.to_vec();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.set_placement(term, &slots).await
+        })
+        .await
+    }
+
+    async fn set_drain(
+        &self,
+        term: Term,
+        node: &NodeId,
+        drain: bool,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let node = node.clone();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.set_drain(term, &node, drain).await
+        })
+        .await
+    }
+
+    async fn summary(&self) -> Result<Summary, StoreError> {
+        self.call(Kind::Read, CONTROL_TIMEOUT, move |memory| async move {
+            memory.summary().await
+        })
+        .await
+    }
+
+    async fn map_changed(&self) {
+        self.memory.map_changed().await;
+        // A notification that is held up is overtaken by a poll.
+        sleep(self.server.network.delay(Host::Database, self.pod)).await;
+        self.server.network.uncut(Host::Database, self.pod).await;
+    }
+}

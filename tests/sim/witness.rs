@@ -1,0 +1,398 @@
+//! Watches the world: what clients were promised, what the log holds, and what must hold at each step.
+//!
+//! It sees every statement as the database executes it and every frame as an edge sends it, so that a
+//! receipt is judged at the moment it leaves, not when the dust has settled.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt::Write;
+use std::sync::Mutex;
+
+use bytes::Bytes;
+use collab_core::document::new_doc;
+use collab_core::ids::{DocumentId, Epoch, Seq};
+use collab_core::scan;
+use collab_core::wire::y_websocket::{self, Message};
+use collab_node::store::memory::Database;
+use collab_node::store::{Append, Appended, NewSnapshot};
+use tokio::time::Instant;
+use yrs::updates::decoder::Decode;
+use yrs::{ClientID, Doc, GetString, ReadTxn, Transact, Update};
+
+use crate::ledger::{Change, Ledger, Token, parsed};
+
+/// Lines of the trace that a failure shows.
+const LINES_SHOWN: usize = 150;
+
+/// Sees everything.
+pub(crate) struct Witness {
+    started: Instant,
+    inner: Mutex<Inner>,
+    aloud: bool,
+}
+
+struct Inner {
+    ledger: Ledger,
+    violations: Vec<String>,
+    documents: BTreeMap<DocumentId, Committed>,
+    slots: Vec<Epoch>,
+    fenced: usize,
+    commits: usize,
+    hash: u64,
+    lines: VecDeque<String>,
+}
+
+/// What the log of a document holds.
+struct Committed {
+    doc: Doc,
+    last: Seq,
+    epoch: Epoch,
+    tokens: Option<BTreeSet<Token>>,
+}
+
+impl Witness {
+    pub(crate) fn new() -> Self {
+        let inner = Inner {
+            ledger: Ledger::default(),
+            violations: Vec::new(),
+            documents: BTreeMap::new(),
+            slots: Vec::new(),
+            fenced: 0,
+            commits: 0,
+            hash: 0,
+            lines: VecDeque::new(),
+        };
+        Self {
+            started: Instant::now(),
+            inner: Mutex::new(inner),
+            aloud: std::env::var_os("COLLAB_SIM_ALOUD").is_some(),
+        }
+    }
+
+    /// Notes something that must not be.
+    pub(crate) fn violated(&self, what: impl Into<String>) {
+        let what = what.into();
+        self.trace(|| format!("VIOLATED: {what}"));
+        let mut inner = self.inner();
+        if inner.violations.len() < 10 {
+            inner.violations.push(what);
+        }
+    }
+
+    pub(crate) fn violations(&self) -> Vec<String> {
+        self.inner().violations.clone()
+    }
+
+    /// Adds a line to the trace, by whose hash two runs are compared.
+    pub(crate) fn trace(&self, line: impl FnOnce() -> String) {
+        let at = self.started.elapsed();
+        let mut inner = self.inner();
+        let mut text = format!("{:9.3} ", at.as_secs_f64());
+        text.push_str(&line());
+        // FNV-1a: the same everywhere.
+        for byte in text.bytes() {
+            inner.hash = (inner.hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        if self.aloud {
+            println!("{text}");
+        }
+        if inner.lines.len() == LINES_SHOWN {
+            inner.lines.pop_front();
+        }
+        inner.lines.push_back(text);
+    }
+
+    pub(crate) fn hash(&self) -> u64 {
+        self.inner().hash
+    }
+
+    pub(crate) fn last_lines(&self) -> String {
+        let mut text = String::new();
+        for line in &self.inner().lines {
+            let _ = writeln!(text, "  {line}");
+        }
+        text
+    }
+
+    pub(crate) fn fenced(&self) -> usize {
+        self.inner().fenced
+    }
+
+    pub(crate) fn commits(&self) -> usize {
+        self.inner().commits
+    }
+
+    pub(crate) fn with_ledger<T>(&self, act: impl FnOnce(&mut Ledger) -> T) -> T {
+        act(&mut self.inner().ledger)
+    }
+
+    /// A batch was executed.
+    pub(crate) fn appended(&self, batch: &[Append], done: &Appended) {
+        let mut violated = Vec::new();
+        {
+            let inner = &mut *self.inner();
+            for append in batch {
+                let key = (append.document.clone(), append.seq);
+                if !done.held.contains(&append.ownership.slot) {
+                    inner.fenced += 1;
+                    continue;
+                }
+                if !done.inserted.contains(&key) {
+                    continue;
+                }
+                inner.commits += 1;
+                let committed = inner
+                    .documents
+                    .entry(append.document.clone())
+                    .or_insert_with(Committed::new);
+                if let Err(what) = committed.take(append) {
+                    violated.push(format!("{}: {what}", append.document));
+                }
+            }
+        }
+        self.trace(|| {
+            let rows: Vec<String> = batch
+                .iter()
+                .map(|append| {
+                    format!(
+                        "{}/{} e{}",
+                        append.document, append.seq, append.ownership.epoch
+                    )
+                })
+                .collect();
+            format!(
+                "append {} held {:?} inserted {}",
+                rows.join(" "),
+                done.held,
+                done.inserted.len()
+            )
+        });
+        for what in violated {
+            self.violated(what);
+        }
+    }
+
+    /// A snapshot was stored: it may hold no more, and no less, than the log up to its position.
+    pub(crate) fn snapshotted(&self, snapshot: &NewSnapshot) {
+        self.trace(|| format!("snapshot {} at {}", snapshot.document, snapshot.seq));
+        let inner = self.inner();
+        let Some(committed) = inner.documents.get(&snapshot.document) else {
+            return;
+        };
+        let copy = new_doc();
+        let applied = Update::decode_v1(&snapshot.bytes).and_then(|update| {
+            copy.transact_mut()
+                .apply_update(update)
+                .map_err(|_| yrs::encoding::read::Error::UnexpectedValue)
+        });
+        let ahead = applied.is_ok()
+            && committed
+                .doc
+                .transact()
+                .state_vector()
+                .partial_cmp(&copy.transact().state_vector())
+                .is_none_or(|order| order == std::cmp::Ordering::Less);
+        let last = committed.last;
+        drop(inner);
+        if applied.is_err() {
+            self.violated(format!(
+                "the snapshot of {} cannot be applied",
+                snapshot.document
+            ));
+        }
+        if ahead || last < snapshot.seq {
+            self.violated(format!(
+                "the snapshot of {} holds what the log does not",
+                snapshot.document
+            ));
+        }
+    }
+
+    /// A statement that may have changed the map was executed.
+    pub(crate) fn after_statement(&self, database: &Database) {
+        let rows = database.slots();
+        let mut changed = Vec::new();
+        let mut back = None;
+        {
+            let mut inner = self.inner();
+            inner.slots.resize(rows.len(), Epoch(0));
+            for (known, row) in inner.slots.iter_mut().zip(&rows) {
+                if row.epoch < *known {
+                    back = Some((row.slot, *known, row.epoch));
+                }
+                if row.epoch != *known {
+                    changed.push((row.slot.0, row.epoch.0));
+                    *known = row.epoch;
+                }
+            }
+        }
+        if !changed.is_empty() {
+            self.trace(|| format!("map {changed:?}"));
+        }
+        if let Some((slot, before, now)) = back {
+            self.violated(format!(
+                "the epoch of slot {slot} went from {before} to {now}"
+            ));
+        }
+    }
+
+    /// What the database lost is not there any more.
+    pub(crate) fn failed_over(&self, database: &Database) {
+        let mut inner = self.inner();
+        inner.slots = database.slots().iter().map(|row| row.epoch).collect();
+    }
+
+    /// An edge puts a frame on a socket; `sent` is what came from there before.
+    pub(crate) fn frame_leaves(&self, document: &DocumentId, frame: &[u8], sent: &Sent) {
+        for message in y_websocket::parse(frame).flatten() {
+            match message {
+                Message::SyncStep1 { .. } | Message::Awareness(_) | Message::QueryAwareness => {}
+                Message::SyncStep2 { update } => self.committed_state(document, update),
+                Message::Update { update } => {
+                    if let Some(change) = sent.echoed(update) {
+                        self.receipt_leaves(document, &[change], "an echo");
+                    }
+                }
+                Message::Saved { payload } => {
+                    if let Some(changes) = sent.asked(payload) {
+                        self.receipt_leaves(document, changes, "a saved message");
+                    }
+                }
+                Message::PermissionDenied { reason } => {
+                    self.violated(format!("a good client was refused: {reason}"));
+                }
+            }
+        }
+    }
+
+    /// A step 2 is a receipt for all that is in it.
+    fn committed_state(&self, document: &DocumentId, update: &[u8]) {
+        let inner = self.inner();
+        let Ok(scan) = scan::scan_update(update) else {
+            return;
+        };
+        let known = inner
+            .documents
+            .get(document)
+            .map(|committed| committed.doc.transact().state_vector())
+            .unwrap_or_default();
+        let ahead = scan
+            .client_ends()
+            .find(|(client, end)| known.get(&ClientID::new(*client)) < *end);
+        drop(inner);
+        if let Some((client, end)) = ahead {
+            self.violated(format!(
+                "a step 2 of {document} held the edits of client {client} up to {end}, which are not committed"
+            ));
+        }
+    }
+
+    fn receipt_leaves(&self, document: &DocumentId, changes: &[Change], how: &str) {
+        let mut missing = None;
+        {
+            let inner = &mut *self.inner();
+            let committed = inner
+                .documents
+                .entry(document.clone())
+                .or_insert_with(Committed::new);
+            for change in changes {
+                if !inner.ledger.is_done(*change, committed.tokens()) {
+                    missing = Some(*change);
+                }
+            }
+        }
+        if let Some(change) = missing {
+            self.violated(format!(
+                "{document}: {how} went out for {change:?}, which is not committed"
+            ));
+        }
+    }
+
+    fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().expect("nobody panics with it")
+    }
+}
+
+impl Committed {
+    fn new() -> Self {
+        Self {
+            doc: new_doc(),
+            last: Seq(0),
+            epoch: Epoch(0),
+            tokens: None,
+        }
+    }
+
+    fn take(&mut self, append: &Append) -> Result<(), String> {
+        let Append { seq, ownership, .. } = append;
+        let problem = if *seq != self.last.next() {
+            Some(format!("seq {seq} was written after {}", self.last))
+        } else if ownership.epoch < self.epoch {
+            Some(format!(
+                "epoch {} wrote seq {seq} after epoch {}",
+                ownership.epoch, self.epoch
+            ))
+        } else {
+            None
+        };
+        self.last = *seq;
+        self.epoch = ownership.epoch;
+        self.tokens = None;
+        let update = Update::decode_v1(&append.bytes).map_err(|error| error.to_string())?;
+        let mut txn = self.doc.transact_mut();
+        txn.apply_update(update)
+            .map_err(|error| error.to_string())?;
+        if txn.has_missing_updates() {
+            return Err(format!("seq {seq} has a gap before it"));
+        }
+        problem.map_or(Ok(()), Err)
+    }
+
+    fn tokens(&mut self) -> &BTreeSet<Token> {
+        let doc = &self.doc;
+        self.tokens.get_or_insert_with(|| {
+            let text = text(doc);
+            text.split_inclusive('>').filter_map(parsed).collect()
+        })
+    }
+}
+
+/// The text that everybody writes.
+pub(crate) fn text(doc: &Doc) -> String {
+    let text = doc.get_or_insert_text("quill");
+    text.get_string(&doc.transact())
+}
+
+/// What came from a socket, so that receipts on it can be told from other frames.
+#[derive(Debug, Default)]
+pub(crate) struct Sent {
+    updates: Vec<(Bytes, Change)>,
+    asked: Vec<(Vec<u8>, Vec<Change>)>,
+}
+
+impl Sent {
+    /// An edit was sent.
+    pub(crate) fn update(&mut self, update: Bytes, change: Change) {
+        self.updates.push((update, change));
+    }
+
+    /// A receipt for these changes was asked for.
+    pub(crate) fn ask(&mut self, payload: Vec<u8>, changes: Vec<Change>) {
+        self.asked.push((payload, changes));
+    }
+
+    /// What the return of `update` stands for.
+    pub(crate) fn echoed(&self, update: &[u8]) -> Option<Change> {
+        let mut newest = self.updates.iter().rev();
+        newest
+            .find(|(bytes, _)| bytes == update)
+            .map(|(_, change)| *change)
+    }
+
+    /// What the return of a payload stands for.
+    pub(crate) fn asked(&self, payload: &[u8]) -> Option<&[Change]> {
+        let mut newest = self.asked.iter().rev();
+        newest
+            .find(|(asked, _)| asked == payload)
+            .map(|(_, changes)| changes.as_slice())
+    }
+}
