@@ -17,9 +17,13 @@ lint:
 test *tiers:
     tests/run {{tiers}}
 
-# Run the seeded simulation
-sim:
-    tests/run sim
+# Play seeds of the simulation: just sim --seeds 2000 --first 1
+sim *flags:
+    cargo test --quiet --workspace --test sim -- {{flags}}
+
+# See that the simulation finds each defect that is built in on purpose
+mutants *flags:
+    COLLAB_MUTANTS=1 cargo test --quiet --workspace --test sim -- --mutants --seeds 60 {{flags}}
 
 # Feed hostile bytes to all that takes bytes, for this many seconds together
 fuzz seconds="60":

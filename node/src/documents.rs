@@ -16,6 +16,7 @@ use bytes::Bytes;
 use collab_core::document::{Document, EdgeId, Effect, Input, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
 use collab_core::limits::{PRELOAD_KEPT_FOR, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
+use collab_core::mutants::Mutant;
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
 use tokio::sync::{mpsc, oneshot};
@@ -983,6 +984,11 @@ impl Owned {
     fn perform(&mut self, effect: Effect) {
         match effect {
             Effect::FanOut { from, update } => {
+                if Mutant::UpdateDropped.is_active()
+                    && self.documents.next_id.fetch_add(1, Ordering::Relaxed) % 1_000 == 999
+                {
+                    return;
+                }
                 for (edge, sender) in &self.edges {
                     let except = from
                         .filter(|peer| peer.edge == *edge)
@@ -1199,7 +1205,11 @@ impl Owned {
             document: self.name.clone(),
             ownership: self.ownership,
             room_epoch: self.room_epoch,
-            seq: self.document.committed_seq(),
+            seq: if Mutant::SnapshotWithGap.is_active() {
+                self.document.committed_seq().next()
+            } else {
+                self.document.committed_seq()
+            },
             bytes: self.document.encode_state(),
         };
         let state = snapshot.bytes.clone();

@@ -20,6 +20,7 @@ use collab_core::limits::{
     ADOPT_AFTER_FAILOVER, ADOPT_AFTER_STEADY, ADOPTION_STAGGER, EARLY_FENCE_AGE, EARLY_FENCE_EVERY,
     LEASE, LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
 };
+use collab_core::mutants::Mutant;
 use collab_core::ring::{Ring, RingNode, plan_placement, slot_of};
 use collab_core::wire::map::{SharedMap, SharedMember};
 use sha2::{Digest, Sha256};
@@ -755,6 +756,7 @@ impl Members {
         let mut seen = BTreeMap::<Slot, Instant>::new();
         loop {
             tokio::select! {
+                biased;
                 _ = tick.tick() => {}
                 () = self.adopt_now.notified() => {}
             }
@@ -834,9 +836,10 @@ impl Members {
             && lease
                 .failed_over
                 .is_none_or(|failed_over| ADOPT_AFTER_FAILOVER <= failed_over.elapsed());
+        let soon = self.alone || Mutant::AdoptionAfterOutage.is_active();
         let steady = lease
             .steady_since
-            .is_some_and(|since| self.alone || ADOPT_AFTER_STEADY <= since.elapsed());
+            .is_some_and(|since| soon || ADOPT_AFTER_STEADY <= since.elapsed());
         settled
             && steady
             && lease
@@ -845,6 +848,11 @@ impl Members {
     }
 
     fn renewed(&self, begun: Instant) {
+        let begun = if Mutant::LeaseFromReply.is_active() {
+            Instant::now()
+        } else {
+            begun
+        };
         let mut lease = self.lease();
         let gap = lease.renewed.is_none_or(|renewed| LEASE < begun - renewed);
         lease.renewed = Some(begun);

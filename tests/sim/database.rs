@@ -5,7 +5,7 @@
 //! after it has given up.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -13,17 +13,18 @@ use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_node::store::memory::{Database, Memory};
 use collab_node::store::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, LoadError, Loaded, MapChange,
-    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewed, Store, StoreError,
+    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
+    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Store, StoreError,
     StoredSnapshot, Summary, WrittenRow,
 };
 use rand::Rng;
 use rand::rngs::StdRng;
 use tokio::sync::oneshot;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use crate::network::{Host, Network};
+use crate::pod::Process;
 use crate::witness::Witness;
 
 /// As the store of a cluster gives up.
@@ -37,13 +38,18 @@ pub(crate) struct Server {
     witness: Arc<Witness>,
     random: Arc<Mutex<StdRng>>,
     health: Mutex<Health>,
+    processes: Mutex<Vec<(Weak<Process>, Host)>>,
     /// Longest usual commit, in ms.
     commit: u64,
 }
 
+/// An outage of the database may not make anybody take slots from those who live.
+const AFTER_OUTAGE: Duration = Duration::from_millis(2_000);
+
 #[derive(Default)]
 struct Health {
     down: bool,
+    up_since: Option<Instant>,
     /// Raised when it goes down: what was in hand then is never answered.
     outages: u64,
     /// Commits take so much longer.
@@ -80,6 +86,7 @@ impl Server {
             witness,
             random,
             health: Mutex::default(),
+            processes: Mutex::default(),
             commit,
         })
     }
@@ -100,7 +107,39 @@ impl Server {
     }
 
     pub(crate) fn come_up(&self) {
-        self.health().down = false;
+        let mut health = self.health();
+        if std::mem::take(&mut health.down) {
+            health.up_since = Some(Instant::now());
+        }
+    }
+
+    /// Tells who speaks for an incarnation.
+    pub(crate) fn introduce(&self, process: &Arc<Process>, pod: Host) {
+        let mut processes = self.processes.lock().expect("nobody panics with it");
+        processes.push((Arc::downgrade(process), pod));
+        processes.retain(|(process, _)| 0 < process.strong_count());
+    }
+
+    /// Somebody took a slot from this incarnation.
+    fn taken_from(&self, owner: Uuid) {
+        let recent = |since: Instant| since.elapsed() < AFTER_OUTAGE;
+        if !self.health().up_since.is_some_and(recent) {
+            return;
+        }
+        let processes = self.processes.lock().expect("nobody panics with it");
+        let lives = processes.iter().any(|(process, pod)| {
+            process.upgrade().is_some_and(|process| {
+                process.node.members.incarnation() == owner
+                    && process.breath.runs_since(AFTER_OUTAGE * 2)
+                    && !self.network.is_cut(*pod, Host::Database)
+                    && !self.network.is_cut(Host::Database, *pod)
+            })
+        });
+        if lives {
+            self.witness.violated(format!(
+                "slots were taken from {owner}, which lives, right after an outage of the database"
+            ));
+        }
     }
 
     pub(crate) fn is_down(&self) -> bool {
@@ -200,6 +239,14 @@ impl Sessions {
             Ok(Ok(result)) => result,
             Ok(Err(_)) | Err(_) => Err(E::from(gone())),
         }
+    }
+}
+
+impl Sessions {
+    /// A notification travels; one that is held up is overtaken by a poll.
+    async fn notified(&self) {
+        sleep(self.server.network.delay(Host::Database, self.pod)).await;
+        self.server.network.uncut(Host::Database, self.pod).await;
     }
 }
 
@@ -377,11 +424,28 @@ impl Store for Sessions {
     async fn renew(
         &self,
         incarnation: Uuid,
+        pod_uid: &str,
         lease: Duration,
         load: LoadSample,
-    ) -> Result<Option<Renewed>, StoreError> {
+    ) -> Result<Renewal, StoreError> {
+        let pod_uid = pod_uid.to_owned();
         self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
-            memory.renew(incarnation, lease, load).await
+            memory.renew(incarnation, &pod_uid, lease, load).await
+        })
+        .await
+    }
+
+    async fn end_lease(
+        &self,
+        judge: Uuid,
+        target: Uuid,
+        age: Duration,
+    ) -> Result<Judgement, StoreError> {
+        let server = self.server.clone();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            let judgement = memory.end_lease(judge, target, age).await?;
+            server.witness.judged(judge, target, judgement);
+            Ok(judgement)
         })
         .await
     }
@@ -414,8 +478,16 @@ impl Store for Sessions {
         claim: Claim,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
         let slots = slots.to_vec();
+        let server = self.server.clone();
         self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
-            memory.claim(incarnation, &slots, claim).await
+            let before = server.database.slots();
+            let taken = memory.claim(incarnation, &slots, claim).await?;
+            for (slot, _) in &taken {
+                if let Some(owner) = before[usize::from(slot.0)].owner {
+                    server.taken_from(owner);
+                }
+            }
+            Ok(taken)
         })
         .await
     }
@@ -481,8 +553,11 @@ impl Store for Sessions {
 
     async fn map_changed(&self) {
         self.memory.map_changed().await;
-        // A notification that is held up is overtaken by a poll.
-        sleep(self.server.network.delay(Host::Database, self.pod)).await;
-        self.server.network.uncut(Host::Database, self.pod).await;
+        self.notified().await;
+    }
+
+    async fn members_changed(&self) {
+        self.memory.members_changed().await;
+        self.notified().await;
     }
 }

@@ -20,6 +20,7 @@
 mod client;
 mod database;
 mod ledger;
+mod mutants;
 mod network;
 mod pod;
 mod settings;
@@ -32,6 +33,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use collab_core::mutants::Mutant;
 use settings::{Fault, Settings};
 use world::{Failure, Outcome, World};
 
@@ -42,6 +44,14 @@ const THREADS: u64 = 2;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse(std::env::args().skip(1));
+    if arguments.mutants {
+        return mutants::hunt(arguments.seeds);
+    }
+    if let Ok(name) = std::env::var(mutants::CHOICE) {
+        Mutant::parse(&name)
+            .expect("there is such a mutant")
+            .choose();
+    }
     let started = Instant::now();
     let next = AtomicU64::new(arguments.first);
     let sum = Mutex::new(Sum::default());
@@ -54,6 +64,9 @@ fn main() -> ExitCode {
                         return;
                     }
                     let played = play(seed);
+                    if arguments.until_failure && played.is_err() {
+                        next.store(u64::MAX / 2, Ordering::Relaxed);
+                    }
                     sum.lock().expect("nobody panics with it").add(seed, played);
                 }
             });
@@ -61,6 +74,13 @@ fn main() -> ExitCode {
     });
     let mut sum = sum.into_inner().expect("nobody panics with it");
     sum.print(started.elapsed());
+    if arguments.until_failure {
+        return if sum.failed.is_empty() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        };
+    }
     // A trace that differs would make every failing seed worthless.
     let first = arguments.first;
     let (once, twice) = (play(first), play(first));
@@ -89,6 +109,10 @@ fn main() -> ExitCode {
 struct Arguments {
     first: u64,
     seeds: u64,
+    /// Stop at the first seed that fails.
+    until_failure: bool,
+    /// See that each mutant is found.
+    mutants: bool,
 }
 
 impl Arguments {
@@ -96,6 +120,8 @@ impl Arguments {
         let mut parsed = Self {
             first: 1,
             seeds: SEEDS,
+            until_failure: false,
+            mutants: false,
         };
         let mut arguments = arguments;
         while let Some(argument) = arguments.next() {
@@ -108,6 +134,8 @@ impl Arguments {
             match argument.as_str() {
                 "--seeds" => parsed.seeds = number(),
                 "--first" => parsed.first = number(),
+                "--until-failure" => parsed.until_failure = true,
+                "--mutants" => parsed.mutants = true,
                 _ => {} // cargo's own
             }
         }
@@ -132,6 +160,7 @@ struct Sum {
     acked: usize,
     commits: usize,
     fenced: usize,
+    early: usize,
     tasks_max: usize,
     simulated: Duration,
     faults: BTreeMap<Fault, usize>,
@@ -146,6 +175,7 @@ impl Sum {
                 self.acked += outcome.acked;
                 self.commits += outcome.commits;
                 self.fenced += outcome.fenced;
+                self.early += outcome.early;
                 self.tasks_max = self.tasks_max.max(outcome.tasks_max);
                 self.simulated += outcome.simulated;
                 let faults: usize = outcome.faults.values().sum();
@@ -180,12 +210,13 @@ impl Sum {
             println!("{:<18} {count:>7}", format!("{fault:?}"));
         }
         println!(
-            "{} seeds: {} acknowledged edits, {} rows committed, {} appends fenced, {} faults, at most {} tasks in a node, \
-             {:.1} simulated hours in {:.0} s",
+            "{} seeds: {} acknowledged edits, {} rows committed, {} appends fenced, {} leases ended early, {} faults, \
+             at most {} tasks in a node, {:.1} simulated hours in {:.0} s",
             self.seeds,
             self.acked,
             self.commits,
             self.fenced,
+            self.early,
             self.faults.values().sum::<usize>(),
             self.tasks_max,
             self.simulated.as_secs_f64() / 3600.0,

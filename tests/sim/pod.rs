@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -25,7 +26,6 @@ use crate::world::World;
 
 /// One run of a node.
 pub(crate) struct Process {
-    pub(crate) incarnation: Uuid,
     pub(crate) node: Node,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
@@ -41,6 +41,8 @@ pub(crate) struct Breath {
 #[derive(Default)]
 struct State {
     life: Life,
+    /// When it began, or went on.
+    since: Option<Instant>,
     /// Tasks that had something to do while it stood still.
     parked: Vec<Waker>,
     tasks: Vec<AbortHandle>,
@@ -95,6 +97,7 @@ impl Breath {
                 return;
             }
             state.life = Life::Runs;
+            state.since = Some(Instant::now());
             std::mem::take(&mut state.parked)
         };
         parked.into_iter().for_each(Waker::wake);
@@ -115,6 +118,13 @@ impl Breath {
 
     pub(crate) fn runs(&self) -> bool {
         self.state().life == Life::Runs
+    }
+
+    /// It has had its turns for at least this long.
+    pub(crate) fn runs_since(&self, length: Duration) -> bool {
+        let state = self.state();
+        let long = state.since.is_none_or(|since| length <= since.elapsed());
+        state.life == Life::Runs && long
     }
 
     pub(crate) fn has_ended(&self) -> bool {
@@ -167,13 +177,14 @@ impl Process {
             seed: world.roll_u64(),
         });
         let process = Self {
-            incarnation,
             node,
             metrics,
             tasks,
             breath,
         };
-        (Arc::new(process), running)
+        let process = Arc::new(process);
+        world.server.introduce(&process, Host::Pod(pod));
+        (process, running)
     }
 }
 
@@ -214,8 +225,9 @@ impl Dial for Dialler {
         let connection = network.connection(from, to);
         let there = network.pipe::<Wire>(&connection, (from, to), 1_024);
         let back = network.pipe::<Wire>(&connection, (to, from), 1_024);
-        let near = link(&connection, there.0, back.1);
-        let far = link(&connection, back.0, there.1);
+        let answers = process.node.members.incarnation();
+        let near = link(&connection, Some(answers), there.0, back.1);
+        let far = link(&connection, None, back.0, there.1);
         let (accepted, accepts) = oneshot::channel();
         let (documents, metrics) = (process.node.documents.clone(), process.metrics.clone());
         // A process that stands still does not answer the handshake.
@@ -236,6 +248,7 @@ impl Dial for Dialler {
 /// One end of a connection between nodes.
 fn link(
     connection: &Arc<Connection>,
+    answers: Option<Uuid>,
     to: mpsc::Sender<(Instant, Wire)>,
     from: mpsc::Receiver<Wire>,
 ) -> Link {
@@ -268,6 +281,7 @@ fn link(
         })
     });
     Link {
+        answers,
         outgoing: Box::pin(outgoing),
         incoming: Box::pin(incoming) as Pin<Box<_>>,
     }

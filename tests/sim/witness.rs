@@ -13,8 +13,9 @@ use collab_core::ids::{DocumentId, Epoch, Seq};
 use collab_core::scan;
 use collab_core::wire::y_websocket::{self, Message};
 use collab_node::store::memory::Database;
-use collab_node::store::{Append, Appended, NewSnapshot};
+use collab_node::store::{Append, Appended, Judgement, NewSnapshot};
 use tokio::time::Instant;
+use uuid::Uuid;
 use yrs::updates::decoder::Decode;
 use yrs::{ClientID, Doc, GetString, ReadTxn, Transact, Update};
 
@@ -36,6 +37,7 @@ struct Inner {
     documents: BTreeMap<DocumentId, Committed>,
     slots: Vec<Epoch>,
     fenced: usize,
+    early: usize,
     commits: usize,
     hash: u64,
     lines: VecDeque<String>,
@@ -57,6 +59,7 @@ impl Witness {
             documents: BTreeMap::new(),
             slots: Vec::new(),
             fenced: 0,
+            early: 0,
             commits: 0,
             hash: 0,
             lines: VecDeque::new(),
@@ -233,6 +236,19 @@ impl Witness {
                 "the epoch of slot {slot} went from {before} to {now}"
             ));
         }
+    }
+
+    /// A member asked for the end of another one's lease.
+    pub(crate) fn judged(&self, judge: Uuid, target: Uuid, judgement: Judgement) {
+        self.trace(|| format!("{judge} judges {target}: {judgement:?}"));
+        if judgement == Judgement::Ended {
+            self.inner().early += 1;
+        }
+    }
+
+    /// Leases that were ended early.
+    pub(crate) fn ended_early(&self) -> usize {
+        self.inner().early
     }
 
     /// What the database lost is not there any more.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use collab_core::document::Document;
 use collab_core::ids::{DocumentId, NodeId, Slot};
+use collab_core::limits::LEASE;
 use collab_core::ring::slot_of;
 use collab_node::documents::{Answer, Question};
 use collab_node::edge::{Access, Visitor};
@@ -16,6 +17,7 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 use yrs::updates::decoder::Decode;
 use yrs::{Doc, ReadTxn, Transact, Update};
 
@@ -70,6 +72,7 @@ pub(crate) struct Outcome {
     pub(crate) acked: usize,
     pub(crate) commits: usize,
     pub(crate) fenced: usize,
+    pub(crate) early: usize,
     pub(crate) faults: BTreeMap<Fault, usize>,
     pub(crate) simulated: Duration,
     pub(crate) tasks_max: usize,
@@ -177,6 +180,7 @@ impl World {
             acked: self.witness.with_ledger(|ledger| ledger.acknowledged()),
             commits: self.witness.commits(),
             fenced: self.witness.fenced(),
+            early: self.witness.ended_early(),
             faults,
             simulated: started.elapsed(),
             tasks_max,
@@ -202,12 +206,12 @@ impl World {
                 return;
             }
             pod.starts += 1;
-            pod.ailed = Instant::now();
+            pod.ailed = pod.ailed.max(Instant::now());
             pod.uid.clone()
         };
         let (process, mut running) = Process::start(self, pod, uid);
         self.witness
-            .trace(|| format!("pod {pod} starts {}", process.incarnation));
+            .trace(|| format!("pod {pod} starts {}", process.node.members.incarnation()));
         self.pods()[pod].process = Some(process.clone());
         let world = self.clone();
         tokio::spawn(async move {
@@ -239,7 +243,7 @@ impl World {
         process.breath.end();
         let mut pods = self.pods();
         let pod = &mut pods[pod];
-        pod.ailed = Instant::now();
+        pod.ailed = pod.ailed.max(Instant::now());
         if pod
             .process
             .as_ref()
@@ -602,7 +606,7 @@ impl World {
     async fn watch(self: Arc<Self>) {
         let mut orphaned = BTreeMap::<Slot, Instant>::new();
         loop {
-            sleep(Duration::from_millis(250)).await;
+            sleep(Duration::from_millis(100)).await;
             let now = Instant::now();
             let well = {
                 let pods = self.pods();
@@ -628,6 +632,13 @@ impl World {
                 .filter_map(|pod| pod.process.clone())
                 .collect();
             for process in processes {
+                let members = &process.node.members;
+                if process.breath.runs()
+                    && members.lease_held()
+                    && !living.contains(&members.incarnation())
+                {
+                    self.believes_too_long(members.incarnation());
+                }
                 let tasks = process.breath.tasks();
                 let mut most = self.tasks_max.lock().expect("nobody panics with it");
                 *most = tasks.max(*most);
@@ -648,6 +659,19 @@ impl World {
                     orphaned.remove(&row.slot);
                 }
             }
+        }
+    }
+
+    /// A node holds its lease to be live, and the database does not, though nobody ended it early.
+    fn believes_too_long(&self, incarnation: Uuid) {
+        let members = self.server.database.members();
+        let known = members
+            .iter()
+            .find(|member| member.incarnation == incarnation);
+        if known.is_some_and(|member| LEASE <= member.load_age) {
+            self.witness.violated(format!(
+                "{incarnation} believes in a lease that has ended in the database"
+            ));
         }
     }
 
@@ -786,7 +810,7 @@ impl World {
             .collect();
         let process = processes
             .into_iter()
-            .find(|process| Some(process.incarnation) == owner)
+            .find(|process| Some(process.node.members.incarnation()) == owner)
             .ok_or("nobody owns it")?;
         let (documents, name) = (process.node.documents.clone(), document.clone());
         let asked = process

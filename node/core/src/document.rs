@@ -22,6 +22,7 @@ use crate::limits::{
     AWARENESS_EXPIRY, PRESENCE_PER_CONNECTION_MAX, UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX,
     UNSAVED_BYTES_MAX, UNSAVED_UPDATES_MAX,
 };
+use crate::mutants::Mutant;
 use crate::scan::{self, Novelty, Places};
 use crate::wire::awareness;
 use crate::wire::relay::{ToEdge, UpdateKind};
@@ -559,6 +560,14 @@ impl Document {
                 if let Some(socket) = self.sockets.get_mut(&peer) {
                     socket.stuck = false;
                 }
+                if Mutant::ReceiptOfNothingAtOnce.is_active() {
+                    let (to, connection) = (peer.edge, peer.connection);
+                    let message = ToEdge::Receipt {
+                        connection,
+                        upto: number,
+                    };
+                    return vec![Effect::Send { to, message }];
+                }
                 self.receipt(peer, number).into_iter().collect()
             }
             Admission::Gap => {
@@ -859,7 +868,7 @@ impl Document {
 
     /// Sends now if everything assigned is committed, else when it is.
     fn once_committed(&mut self, to: EdgeId, message: ToEdge) -> Option<Effect> {
-        if self.is_settled() {
+        if self.is_settled() || Mutant::AckBeforeCommit.is_active() {
             return Some(Effect::Send { to, message });
         }
         self.waiting.push_back(Waiting {

@@ -10,6 +10,7 @@ pub mod control;
 pub mod document;
 pub mod ids;
 pub mod limits;
+pub mod mutants;
 pub mod ring;
 pub mod scan;
 pub mod wire;
