@@ -16,7 +16,9 @@ use axum::extract::ws::Message as WsMessage;
 use bytes::Bytes;
 use collab_core::ids::DocumentId;
 use collab_core::wire::varint::write_var_uint;
+use collab_core::wire::y_sweet;
 use collab_core::wire::y_websocket::{self, Message};
+use collab_node::edge::Family;
 use futures::{Sink, Stream};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -116,6 +118,7 @@ pub(crate) struct Socket {
     pub(crate) sent: Arc<Mutex<Sent>>,
     pub(crate) witness: Arc<Witness>,
     pub(crate) client: usize,
+    pub(crate) family: Family,
 }
 
 impl Stream for Socket {
@@ -176,6 +179,14 @@ pub(crate) fn start(
         pending: Arc::default(),
         browser,
     };
+    // A new tab has first what the others have: what they tell it later would have holes before it.
+    for tab in world.other_tabs(browser, &handle.document, number) {
+        let all = tab
+            .replica
+            .transact()
+            .encode_diff_v1(&StateVector::default());
+        apply(&handle.replica, &all);
+    }
     let mut random = StdRng::seed_from_u64(seed);
     let settings = &world.settings;
     let client = Client {
@@ -259,6 +270,11 @@ impl Client {
             sent: sent.clone(),
             witness: self.witness.clone(),
             client: self.handle.number,
+            family: if self.explicit {
+                Family::YSweet
+            } else {
+                Family::YWebsocket
+            },
         };
         self.witness
             .trace(|| format!("client {} dials pod {pod}", self.handle.number));
@@ -403,10 +419,13 @@ impl Client {
             .lock()
             .expect("nobody panics with it")
             .insert(change, Instant::now());
-        for tab in self
-            .world
-            .other_tabs(self.handle.browser, self.handle.number)
-        {
+        let Handle {
+            browser,
+            document,
+            number,
+            ..
+        } = &self.handle;
+        for tab in self.world.other_tabs(*browser, document, *number) {
             apply(&tab.replica, &update);
         }
         if self.connection.as_ref().is_some_and(|open| open.is_open) {
@@ -432,7 +451,7 @@ impl Client {
             let mut sent = open.sent.lock().expect("nobody panics with it");
             sent.ask(payload.clone(), changes);
         }
-        self.send(y_websocket::saved(&payload));
+        self.send(y_sweet::saved(&payload));
     }
 
     fn pending(&self) -> Vec<Change> {

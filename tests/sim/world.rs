@@ -312,7 +312,8 @@ impl World {
                             author: String::new(),
                             access: Access::Write,
                         };
-                        edge.serve(&mut socket, document, visitor).await;
+                        let family = socket.family.clone();
+                        edge.serve(&mut socket, document, visitor, family).await;
                     });
                 }
                 Listener::Nobody => link.reset(),
@@ -335,14 +336,16 @@ impl World {
         self.clients().insert(number, handle);
     }
 
-    /// The tabs of a browser that show the same document as a client of it.
-    pub(crate) fn other_tabs(&self, browser: usize, number: usize) -> Vec<Handle> {
+    /// The other tabs of a browser that show the same document.
+    pub(crate) fn other_tabs(
+        &self,
+        browser: usize,
+        document: &DocumentId,
+        number: usize,
+    ) -> Vec<Handle> {
         let clients = self.clients();
-        let Some(me) = clients.get(&number) else {
-            return Vec::new();
-        };
         let same = clients.values().filter(|other| {
-            other.number != number && other.browser == browser && other.document == me.document
+            other.number != number && other.browser == browser && other.document == *document
         });
         same.cloned().collect()
     }
