@@ -544,6 +544,52 @@ impl Store for Sessions {
         .await
     }
 
+    async fn pinned(&self, document: &DocumentId) -> Result<Option<Slot>, StoreError> {
+        let document = document.clone();
+        self.call(Kind::Read, DATA_TIMEOUT, move |memory| async move {
+            memory.pinned(&document).await
+        })
+        .await
+    }
+
+    async fn pin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        slot: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let document = document.clone();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.pin(term, &document, slot).await
+        })
+        .await
+    }
+
+    async fn unpin(
+        &self,
+        term: Term,
+        document: &DocumentId,
+        slot: Slot,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let document = document.clone();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.unpin(term, &document, slot).await
+        })
+        .await
+    }
+
+    async fn set_zones(
+        &self,
+        term: Term,
+        zones: &BTreeMap<NodeId, String>,
+    ) -> Result<Result<(), Term>, StoreError> {
+        let zones = zones.clone();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.set_zones(term, &zones).await
+        })
+        .await
+    }
+
     async fn summary(&self) -> Result<Summary, StoreError> {
         self.call(Kind::Read, CONTROL_TIMEOUT, move |memory| async move {
             memory.summary().await
