@@ -13,9 +13,9 @@ use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_node::store::memory::{Database, Memory};
 use collab_node::store::{
-    Append, Appended, Claim, Created, DocumentRow, Fence, Judgement, LoadError, Loaded, MapChange,
-    NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Store, StoreError,
-    StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
+    MapChange, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Store,
+    StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -490,6 +490,22 @@ impl Store for Sessions {
             Ok(taken)
         })
         .await
+    }
+
+    async fn reclaim(
+        &self,
+        incarnation: Uuid,
+        held: &[Ownership],
+    ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+        let held = held.to_vec();
+        self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
+            memory.reclaim(incarnation, &held).await
+        })
+        .await
+    }
+
+    fn failovers(&self) -> Failovers {
+        self.memory.failovers()
     }
 
     async fn hand_off(

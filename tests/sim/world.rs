@@ -9,9 +9,9 @@ use collab_core::ids::{DocumentId, NodeId, Slot};
 use collab_core::limits::LEASE;
 use collab_core::ring::slot_of;
 use collab_node::documents::{Answer, Question};
-use collab_node::edge::{Access, Visitor};
+use collab_node::edge::{Access, Admitted, Visitor};
 use collab_node::store::memory::Database;
-use collab_node::store::{Loaded, Store};
+use collab_node::store::{Content, Loaded, Store};
 use futures::StreamExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -313,7 +313,11 @@ impl World {
                             access: Access::Write,
                         };
                         let family = socket.family.clone();
-                        edge.serve(&mut socket, document, visitor, family).await;
+                        let admitted = Admitted {
+                            visitor,
+                            until: None,
+                        };
+                        edge.serve(&mut socket, document, admitted, family).await;
                     });
                 }
                 Listener::Nobody => link.reset(),
@@ -783,12 +787,12 @@ impl World {
     /// The document as a process that knows nothing would open it.
     async fn reload(&self, document: &DocumentId) -> Result<Doc, String> {
         let loaded = self.server.database.sessions().load(document).await;
-        let Loaded::Live {
+        let Loaded::Live(Content {
             snapshot,
             log,
             last,
             ..
-        } = loaded.map_err(|error| error.to_string())?
+        }) = loaded.map_err(|error| error.to_string())?
         else {
             return Err("it was never created".to_owned());
         };
