@@ -38,6 +38,7 @@ async fn on_postgres() -> Result<()> {
     looks_after_documents(&Place::Database(url, server)).await
 }
 
+#[expect(clippy::too_many_lines, reason = "one life of a store, in order")]
 async fn looks_after_documents(place: &Place) -> Result<()> {
     let files = Folder::new("doctor-files", "root");
     let at = |name: &str| files.path().join(name).display().to_string();
@@ -364,7 +365,7 @@ impl Writer {
             weight: 100,
         };
         store
-            .register(&member, SLOTS, std::time::Duration::from_secs(60))
+            .register(&member, SLOTS, std::time::Duration::from_mins(1))
             .await?;
         let slots: Vec<_> = (0..SLOTS).map(collab_core::ids::Slot).collect();
         let epochs = store.claim(incarnation, &slots, Claim::Orphaned).await?;

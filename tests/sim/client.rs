@@ -97,7 +97,7 @@ struct Open {
     to: mpsc::Sender<(Instant, WsMessage)>,
     from: mpsc::Receiver<Arrival>,
     sent: Arc<Mutex<Sent>>,
-    is_open: bool,
+    upgraded: bool,
     heard: Instant,
 }
 
@@ -217,7 +217,7 @@ impl Client {
             let retry_at = self.retry_at;
             let idle = self.connection.is_none() && offline.is_none();
             let silent_at = self.connection.as_ref().map(|open| {
-                let patience = if open.is_open {
+                let patience = if open.upgraded {
                     SILENCE_MAX
                 } else {
                     OPEN_TIMEOUT
@@ -284,7 +284,7 @@ impl Client {
             to,
             from,
             sent,
-            is_open: false,
+            upgraded: false,
             heard: Instant::now(),
         });
     }
@@ -295,7 +295,7 @@ impl Client {
         };
         self.witness
             .trace(|| format!("client {} lost its socket", self.handle.number));
-        self.failures = if open.is_open { 0 } else { self.failures + 1 };
+        self.failures = if open.upgraded { 0 } else { self.failures + 1 };
         let pause = Duration::from_millis(100) * 2_u32.pow(self.failures.min(6));
         let jitter = self.random.random_range(0.5..1.0);
         self.retry_at = Instant::now() + pause.min(BACKOFF_MAX).mul_f64(jitter);
@@ -308,7 +308,7 @@ impl Client {
         open.heard = Instant::now();
         match arrival {
             Arrival::Opened => {
-                open.is_open = true;
+                open.upgraded = true;
                 let state_vector = self.handle.replica.transact().state_vector().encode_v1();
                 self.send(y_websocket::sync_step1(&state_vector));
                 let mut presence = Vec::new();
@@ -321,15 +321,15 @@ impl Client {
             Arrival::Message(WsMessage::Binary(frame)) => {
                 for message in y_websocket::parse(&frame) {
                     let message = message.expect("a node sends what a client understands");
-                    self.take(message);
+                    self.take(&message);
                 }
             }
             Arrival::Message(_) => self.closed(),
         }
     }
 
-    fn take(&mut self, message: Message<'_>) {
-        match message {
+    fn take(&mut self, message: &Message<'_>) {
+        match *message {
             Message::SyncStep1 { state_vector } => {
                 let known = StateVector::decode_v1(state_vector).expect("a node sends one");
                 let update: Bytes = self.handle.replica.transact().encode_diff_v1(&known).into();
@@ -428,7 +428,7 @@ impl Client {
         for tab in self.world.other_tabs(*browser, document, *number) {
             apply(&tab.replica, &update);
         }
-        if self.connection.as_ref().is_some_and(|open| open.is_open) {
+        if self.connection.as_ref().is_some_and(|open| open.upgraded) {
             let inserts = matches!(change, Change::Insert(_));
             if let Some(open) = self.connection.as_ref().filter(|_| inserts) {
                 let mut sent = open.sent.lock().expect("nobody panics with it");

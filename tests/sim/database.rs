@@ -44,7 +44,7 @@ pub(crate) struct Server {
 }
 
 /// An outage of the database may not make anybody take slots from those who live.
-const AFTER_OUTAGE: Duration = Duration::from_millis(2_000);
+const AFTER_OUTAGE: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
 struct Health {

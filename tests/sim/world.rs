@@ -29,7 +29,7 @@ use crate::settings::{Fault, Settings};
 use crate::witness::{Witness, text};
 
 /// The shortest time in which things go wrong.
-const TROUBLE_MIN: Duration = Duration::from_secs(60);
+const TROUBLE_MIN: Duration = Duration::from_mins(1);
 /// It ends without having played enough.
 const TROUBLE_MAX: Duration = Duration::from_secs(400);
 /// After the last fault, edits made before it ended are acknowledged in this time.
@@ -356,7 +356,8 @@ impl World {
 
     // -- what goes wrong --
 
-    /// Lets something go wrong, and see to it that it ends. Answers whether it did.
+    /// Lets something go wrong, and sees to it that it ends. Answers whether it did.
+    #[expect(clippy::too_many_lines, reason = "a line or two for each fault")]
     fn strike(self: &Arc<Self>, fault: Fault) -> bool {
         let length = self.settings.fault_length;
         let length = Duration::from_millis(self.roll(length / 4, length * 2));

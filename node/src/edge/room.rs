@@ -643,24 +643,7 @@ impl Room {
                 visitor,
                 family,
                 line,
-            } => {
-                let mut socket = Socket::new(connection, visitor, family, line);
-                if let Some(reason) = self.full_for(&socket.visitor) {
-                    socket.kick(CLOSE_TRY_AGAIN, reason);
-                    return;
-                }
-                socket.pause(self.paused);
-                for message in socket.introduction() {
-                    self.to_owner(message);
-                }
-                if let Some(reason) = &self.denied {
-                    socket.tell(Told::Denied(reason));
-                }
-                if let Some(reason) = &self.read_only {
-                    socket.tell_read_only(Some(reason));
-                }
-                self.sockets.insert(connection, socket);
-            }
+            } => self.join(Socket::new(connection, visitor, family, line)),
             FromSocket::Admit {
                 connection,
                 visitor,
@@ -705,21 +688,7 @@ impl Room {
             FromSocket::Awareness {
                 connection,
                 payload,
-            } => {
-                let Some(socket) = self.sockets.get_mut(&connection) else {
-                    return;
-                };
-                socket.awareness = Some(payload.clone());
-                let bytes = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-                // Only the newest counts: what comes too fast is left out, but for the last of it.
-                socket.presence_waits = !socket.presence.take(bytes, Instant::now());
-                if !socket.presence_waits {
-                    self.to_owner(ToOwner::Awareness {
-                        connection,
-                        payload,
-                    });
-                }
-            }
+            } => self.present(connection, payload),
             FromSocket::QueryAwareness { connection } => {
                 self.to_owner(ToOwner::QueryAwareness { connection });
             }
@@ -741,6 +710,40 @@ impl Room {
                     });
                 }
             }
+        }
+    }
+
+    fn join(&mut self, mut socket: Socket) {
+        if let Some(reason) = self.full_for(&socket.visitor) {
+            socket.kick(CLOSE_TRY_AGAIN, reason);
+            return;
+        }
+        socket.pause(self.paused);
+        for message in socket.introduction() {
+            self.to_owner(message);
+        }
+        if let Some(reason) = &self.denied {
+            socket.tell(Told::Denied(reason));
+        }
+        if let Some(reason) = &self.read_only {
+            socket.tell_read_only(Some(reason));
+        }
+        self.sockets.insert(socket.connection, socket);
+    }
+
+    /// Only the newest presence counts: what comes too fast is left out, but for the last of it.
+    fn present(&mut self, connection: ConnectionId, payload: Bytes) {
+        let Some(socket) = self.sockets.get_mut(&connection) else {
+            return;
+        };
+        socket.awareness = Some(payload.clone());
+        let bytes = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        socket.presence_waits = !socket.presence.take(bytes, Instant::now());
+        if !socket.presence_waits {
+            self.to_owner(ToOwner::Awareness {
+                connection,
+                payload,
+            });
         }
     }
 

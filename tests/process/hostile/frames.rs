@@ -66,6 +66,7 @@ async fn who_breaks_the_rules_of_websocket_is_closed_with_the_right_code() -> Re
 
 /// Nothing of it reaches the document or the log, and whatever it declares is not believed.
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "a line or two for each of them")]
 async fn what_is_no_update_closes_its_socket_and_changes_nothing() -> Result<()> {
     let mut node = Embedded::start(&[]).await?;
     a_user_is_served(&node, "bombs").await?;
@@ -620,7 +621,7 @@ async fn a_slow_reader_holds_nobody_up() -> Result<()> {
         "16 MB beside a slow reader: {took:?}, {} MB more resident",
         grown >> 20
     );
-    ensure!(took < Duration::from_secs(60), "the writer waited {took:?}");
+    ensure!(took < Duration::from_mins(1), "the writer waited {took:?}");
     drop(slow);
     Ok(())
 }
