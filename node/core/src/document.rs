@@ -544,22 +544,21 @@ impl Document {
         }
         let author = socket.author.clone();
         if self.read_only && !self.is_known(&update) {
+            if let Some(socket) = self.sockets.get_mut(&peer) {
+                socket.stuck = true;
+            }
             return vec![Effect::NotAdmitted { reason: "degraded" }];
         }
         match self.admit(&update) {
             Admission::Added => {
-                if let Some(socket) = self.sockets.get_mut(&peer) {
-                    socket.stuck = false;
-                }
+                self.answered(peer, kind);
                 let mut effects = self.added(Some(peer), update, author);
                 effects.extend(self.receipt(peer, number));
                 effects.extend(self.ask_the_stuck());
                 effects
             }
             Admission::NothingNew => {
-                if let Some(socket) = self.sockets.get_mut(&peer) {
-                    socket.stuck = false;
-                }
+                self.answered(peer, kind);
                 if Mutant::ReceiptOfNothingAtOnce.is_active() {
                     let (to, connection) = (peer.edge, peer.connection);
                     let message = ToEdge::Receipt {
@@ -574,8 +573,8 @@ impl Document {
                 let not_admitted = Effect::NotAdmitted { reason: "gap" };
                 match kind {
                     UpdateKind::Update => vec![not_admitted, self.ask(peer)],
-                    // Its client itself waits for an edit that has not come back yet: ask when one came.
-                    // All that the client shows is taken now, and is all that a receipt speaks of.
+                    // Its client waits for an edit that has not come back yet: ask when one came. What
+                    // does not wait for it is taken now; receipts wait until all is here.
                     UpdateKind::Step2 => {
                         let mut effects = vec![not_admitted];
                         if let Some(part) = self.admissible(&update)
@@ -584,7 +583,6 @@ impl Document {
                             effects.extend(self.added(Some(peer), part, author));
                             effects.extend(self.ask_the_stuck());
                         }
-                        effects.extend(self.receipt(peer, number));
                         if let Some(socket) = self.sockets.get_mut(&peer) {
                             socket.stuck = true;
                         }
@@ -858,7 +856,20 @@ impl Document {
         (part != [0, 0]).then(|| part.into())
     }
 
+    /// An answer was taken as a whole: with it is here whatever was passed over before.
+    fn answered(&mut self, peer: Peer, kind: UpdateKind) {
+        if kind == UpdateKind::Step2
+            && let Some(socket) = self.sockets.get_mut(&peer)
+        {
+            socket.stuck = false;
+        }
+    }
+
+    /// A receipt speaks of everything before it: there is none while something that was sent is not here.
     fn receipt(&mut self, peer: Peer, number: u64) -> Option<Effect> {
+        if self.sockets.get(&peer).is_none_or(|socket| socket.stuck) {
+            return None;
+        }
         let message = ToEdge::Receipt {
             connection: peer.connection,
             upto: number,
@@ -1105,8 +1116,8 @@ mod tests {
         });
         assert_eq!(
             document.handle(step2(BOB, 3, &without_first)),
-            [Effect::NotAdmitted { reason: "gap" }, receipt(BOB, 3)],
-            "what it waits for itself is not its own to be saved"
+            [Effect::NotAdmitted { reason: "gap" }],
+            "not all of it is here"
         );
         let effects = document.handle(update(ALICE, 2, &first));
         assert!(
@@ -1143,11 +1154,20 @@ mod tests {
             matches!(&effects[2], Effect::Append { seq: Seq(1), update, .. } if text_of(&[update]) == "own"),
             "{effects:?}"
         );
-        assert_eq!(document.handle(committed(1)), [receipt(BOB, 3)]);
+        assert_eq!(document.handle(committed(1)), []);
         assert_eq!(document.text("quill"), "own");
         document.handle(update(BOB, 4, &bob.types("ed")));
-        assert_eq!(document.handle(committed(2)), [receipt(BOB, 4)]);
-        drop((first, own));
+        assert_eq!(
+            document.handle(committed(2)),
+            [],
+            "a receipt would speak of all that Bob sent"
+        );
+        // Alice brings what Bob waits for: he is asked again.
+        document.handle(update(ALICE, 2, &first));
+        document.handle(step2(BOB, 5, &bob.everything()));
+        let effects = document.handle(committed(4));
+        assert!(effects.contains(&receipt(BOB, 5)), "{effects:?}");
+        drop(own);
     }
 
     #[test]
