@@ -11,6 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
+use collab_core::limits::LEASE;
 use collab_node::store::memory::{Database, Memory};
 use collab_node::store::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
@@ -50,6 +51,8 @@ const AFTER_OUTAGE: Duration = Duration::from_secs(2);
 struct Health {
     down: bool,
     up_since: Option<Instant>,
+    /// When the newest outage began.
+    down_since: Option<Instant>,
     /// Raised when it goes down: what was in hand then is never answered.
     outages: u64,
     /// Commits take so much longer.
@@ -102,6 +105,9 @@ impl Server {
 
     pub(crate) fn go_down(&self) {
         let mut health = self.health();
+        if !health.down {
+            health.down_since = Some(Instant::now());
+        }
         health.down = true;
         health.outages += 1;
     }
@@ -124,6 +130,15 @@ impl Server {
     fn taken_from(&self, owner: Uuid) {
         let recent = |since: Instant| since.elapsed() < AFTER_OUTAGE;
         if !self.health().up_since.is_some_and(recent) {
+            return;
+        }
+        // Who had lost its lease before, for example because it was cut off itself, may lose its slots.
+        let down_since = self.health().down_since;
+        let had_lease = self.database.members().into_iter().any(|member| {
+            let since_outage = down_since.map_or(Duration::ZERO, |since| since.elapsed());
+            member.incarnation == owner && member.load_age < since_outage + LEASE
+        });
+        if !had_lease {
             return;
         }
         let processes = self.processes.lock().expect("nobody panics with it");
