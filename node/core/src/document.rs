@@ -210,6 +210,8 @@ pub struct Document {
     store_away: bool,
     /// Nothing is taken from clients: what is stored is damaged.
     read_only: bool,
+    /// An update failed half-way: what is in memory is not to be used any more.
+    is_broken: bool,
 }
 
 /// What is taken from clients while updates wait for their commit.
@@ -274,6 +276,7 @@ impl Document {
             intake: Intake::Open,
             store_away: false,
             read_only: false,
+            is_broken: false,
         };
         if let Some((_, bytes)) = snapshot {
             document.replay(Seq(0), bytes)?;
@@ -316,7 +319,7 @@ impl Document {
 
     /// Takes one input and says what is to be done.
     pub fn handle(&mut self, input: Input) -> Vec<Effect> {
-        match input {
+        let mut effects = match input {
             Input::Attach { edge, since } => self.attach(edge, &since),
             Input::Detach { edge } => self.detach(edge),
             Input::Join { peer, author } => self.join(peer, author),
@@ -340,7 +343,11 @@ impl Document {
             Input::Restore { state } => self.restore(&state),
             Input::Committed { seq } => self.committed(seq),
             Input::StoreAway => self.store_away(),
+        };
+        if self.is_broken {
+            effects.push(Effect::Reload);
         }
+        effects
     }
 
     /// Takes nothing from clients any more: what was opened is the good part of damaged rows.
@@ -590,12 +597,6 @@ impl Document {
                     }
                 }
             }
-            Admission::Broken(reason) => {
-                let mut effects = vec![Effect::NotAdmitted { reason: "invalid" }];
-                effects.extend(refuse(peer, reason));
-                effects.push(Effect::Reload);
-                effects
-            }
             Admission::Invalid(reason) => {
                 let mut effects = vec![Effect::NotAdmitted { reason: "invalid" }];
                 effects.extend(refuse(peer, reason));
@@ -804,10 +805,7 @@ impl Document {
                 effects
             }
             Admission::NothingNew => Vec::new(),
-            Admission::Gap
-            | Admission::Conflict(_)
-            | Admission::Broken(_)
-            | Admission::Invalid(_) => {
+            Admission::Gap | Admission::Conflict(_) | Admission::Invalid(_) => {
                 vec![Effect::NotAdmitted { reason: "invalid" }]
             }
         }
@@ -840,7 +838,8 @@ impl Document {
         }
         let mut txn = self.doc.transact_mut();
         if let Err(error) = txn.apply_update(decoded) {
-            return Admission::Broken(format!("update refused: {error}"));
+            self.is_broken = true;
+            return invalid(&error);
         }
         if txn.has_changes() {
             Admission::Added
@@ -987,8 +986,6 @@ enum Admission {
     Invalid(String),
     /// Another device writes under the same client id.
     Conflict(String),
-    /// It failed half-way: what is in memory is not to be used any more.
-    Broken(String),
 }
 
 fn refuse(peer: Peer, reason: String) -> Vec<Effect> {
