@@ -298,49 +298,17 @@ impl Store for Sqlite {
         .execute(&mut *write)
         .await
         .map_err(failed)?;
-        for cut in [
-            "delete from update_log where document = ?",
-            "delete from snapshot where document = ?",
-        ] {
-            sqlx::query(cut)
-                .bind(document.as_str())
-                .execute(&mut *write)
-                .await
-                .map_err(failed)?;
-        }
+        cut(&mut write, document).await?;
         write.commit().await.map_err(failed)?;
         Ok(Fence::Held)
     }
 
     async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
-        let NewSnapshot {
-            document,
-            ownership,
-            room_epoch,
-            seq,
-            bytes,
-        } = snapshot;
         let mut write = self.write().await?;
-        if !holds(&mut write, *ownership).await? {
+        if !holds(&mut write, snapshot.ownership).await? {
             return Ok(Fence::Fenced);
         }
-        sqlx::query(
-            "insert into snapshot (document, seq, room_epoch, slot, epoch, sha256, library, bytes, at)
-             select id, ?, room_epoch, ?, ?, ?, ?, ?, cast(unixepoch('subsec') * 1000 as integer)
-             from document where id = ? and not deleted and room_epoch = ?
-             on conflict (document, seq) do nothing",
-        )
-        .bind(seq.0)
-        .bind(ownership.slot.0)
-        .bind(ownership.epoch.0)
-        .bind(snapshot_hash(document, *room_epoch, *seq, bytes))
-        .bind(LIBRARY)
-        .bind(bytes.as_ref())
-        .bind(document.as_str())
-        .bind(room_epoch.0)
-        .execute(&mut *write)
-        .await
-        .map_err(failed)?;
+        put_snapshot(&mut write, snapshot).await?;
         write.commit().await.map_err(failed)?;
         Ok(Fence::Held)
     }
@@ -801,6 +769,53 @@ async fn holds(
     .fetch_one(connection)
     .await
     .map_err(failed)
+}
+
+/// Deletes the log and the snapshots of a document.
+async fn cut(connection: &mut SqliteConnection, document: &DocumentId) -> Result<(), StoreError> {
+    for cut in [
+        "delete from update_log where document = ?",
+        "delete from snapshot where document = ?",
+    ] {
+        sqlx::query(cut)
+            .bind(document.as_str())
+            .execute(&mut *connection)
+            .await
+            .map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Inserts a snapshot of a life that goes on; one of the same seq stays.
+async fn put_snapshot(
+    connection: &mut SqliteConnection,
+    snapshot: &NewSnapshot,
+) -> Result<(), StoreError> {
+    let NewSnapshot {
+        document,
+        ownership,
+        room_epoch,
+        seq,
+        bytes,
+    } = snapshot;
+    sqlx::query(
+        "insert into snapshot (document, seq, room_epoch, slot, epoch, sha256, library, bytes, at)
+         select id, ?, room_epoch, ?, ?, ?, ?, ?, cast(unixepoch('subsec') * 1000 as integer)
+         from document where id = ? and not deleted and room_epoch = ?
+         on conflict (document, seq) do nothing",
+    )
+    .bind(seq.0)
+    .bind(ownership.slot.0)
+    .bind(ownership.epoch.0)
+    .bind(snapshot_hash(document, *room_epoch, *seq, bytes))
+    .bind(LIBRARY)
+    .bind(bytes.as_ref())
+    .bind(document.as_str())
+    .bind(room_epoch.0)
+    .execute(connection)
+    .await
+    .map_err(failed)?;
+    Ok(())
 }
 
 /// The slot of a pinned document.

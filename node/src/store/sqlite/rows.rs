@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use collab_core::ids::{DocumentId, RoomEpoch, Seq};
 
-use super::{LIBRARY, Sqlite, document_id, failed, get, holds, snapshot_hash};
+use super::{Sqlite, cut, document_id, failed, get, holds, put_snapshot};
 use crate::store::rows::{Rows, StoredRows, log_row, snapshot_row};
 use crate::store::{Fence, NewSnapshot, StoreError};
 
@@ -61,43 +61,12 @@ impl Rows for Sqlite {
     }
 
     async fn replace(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
-        let NewSnapshot {
-            document,
-            ownership,
-            room_epoch,
-            seq,
-            bytes,
-        } = snapshot;
         let mut write = self.write().await?;
-        if !holds(&mut write, *ownership).await? {
+        if !holds(&mut write, snapshot.ownership).await? {
             return Ok(Fence::Fenced);
         }
-        for cut in [
-            "delete from update_log where document = ?",
-            "delete from snapshot where document = ?",
-        ] {
-            sqlx::query(cut)
-                .bind(document.as_str())
-                .execute(&mut *write)
-                .await
-                .map_err(failed)?;
-        }
-        sqlx::query(
-            "insert into snapshot (document, seq, room_epoch, slot, epoch, sha256, library, bytes, at)
-             select id, ?, room_epoch, ?, ?, ?, ?, ?, cast(unixepoch('subsec') * 1000 as integer)
-             from document where id = ? and not deleted and room_epoch = ?",
-        )
-        .bind(seq.0)
-        .bind(ownership.slot.0)
-        .bind(ownership.epoch.0)
-        .bind(snapshot_hash(document, *room_epoch, *seq, bytes))
-        .bind(LIBRARY)
-        .bind(bytes.as_ref())
-        .bind(document.as_str())
-        .bind(room_epoch.0)
-        .execute(&mut *write)
-        .await
-        .map_err(failed)?;
+        cut(&mut write, &snapshot.document).await?;
+        put_snapshot(&mut write, snapshot).await?;
         write.commit().await.map_err(failed)?;
         Ok(Fence::Held)
     }
