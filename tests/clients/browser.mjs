@@ -5,18 +5,14 @@
  */
 import { mkdir } from 'node:fs/promises'
 import { dirname } from 'node:path'
-import { createInterface } from 'node:readline'
 import axe from 'axe-core'
-import { chromium } from 'playwright-core'
-import { options, print } from './client.mjs'
+import { launch } from './chromium.mjs'
+import { options } from './client.mjs'
+import { serve } from './commands.mjs'
 
 const { executable, timeoutMs } = options({ executable: '/usr/bin/chromium', timeoutMs: 15_000 })
 
-const browser = await chromium.launch({
-  executablePath: executable,
-  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-    '--disable-component-update', '--disable-sync']
-})
+const browser = await launch(executable)
 /** Name to page, with what went wrong in it. */
 const windows = new Map()
 
@@ -139,19 +135,4 @@ function watchLight () {
   })
 }
 
-const answer = async ({ id, do: command, ...rest }) => {
-  try {
-    if (!Object.hasOwn(commands, command)) throw new Error(`no command ${command}`)
-    await print({ id, value: await commands[command]({ ...windows.get(rest.window), ...rest }) ?? null })
-  } catch (error) {
-    await print({ id, error: String(error) })
-  }
-}
-
-createInterface({ input: process.stdin })
-  .on('line', line => answer(JSON.parse(line)))
-  .on('close', async () => {
-    await browser.close()
-    process.exit(0)
-  })
-await print({ id: 0, value: null })
+await serve(commands, ({ window }) => windows.get(window), () => browser.close())

@@ -6,7 +6,6 @@
  * whether all it did is saved.
  */
 import 'fake-indexeddb/auto'
-import { createInterface } from 'node:readline'
 import { HocuspocusProvider, HocuspocusProviderWebsocket } from '@hocuspocus/provider'
 import { createYjsProvider } from '@y-sweet/client'
 import { DocumentManager } from '@y-sweet/sdk'
@@ -18,7 +17,8 @@ import WebSocket from 'ws'
 import { IndexeddbPersistence } from 'y-indexeddb'
 import { WebsocketProvider } from 'y-websocket'
 import * as Y from 'yjs'
-import { print, sleep } from './client.mjs'
+import { sleep } from './client.mjs'
+import { serve } from './commands.mjs'
 
 console.log = console.warn = console.error
 
@@ -242,21 +242,13 @@ const commands = {
   }
 }
 
-const answer = async ({ id, do: command, ...rest }) => {
-  try {
-    if (!Object.hasOwn(commands, command)) throw new Error(`no command ${command}`)
-    const client = clients.get(rest.name)
-    if (!client && command !== 'open' && command !== 'sdk') throw new Error(`no client ${rest.name}`)
-    await print({ id, value: await commands[command]({ ...rest, client }) ?? null })
-  } catch (error) {
-    await print({ id, error: String(error) })
-  }
+const given = ({ name }, command) => {
+  const client = clients.get(name)
+  if (!client && command !== 'open' && command !== 'sdk') throw new Error(`no client ${name}`)
+  return { client }
 }
 
 // What a provider does beside its promises must not end the others.
 process.on('unhandledRejection', error => console.error('unhandled', error))
 process.on('uncaughtException', error => console.error('uncaught', error))
-createInterface({ input: process.stdin })
-  .on('line', line => answer(JSON.parse(line)))
-  .on('close', () => process.exit(0))
-await print({ id: 0, value: null })
+await serve(commands, given)

@@ -2,16 +2,12 @@
  * Pages of the examples in Debian's Chromium: takes commands as JSON lines on stdin, `{ id, do, … }`, and answers
  * each with `{ id, value }` or `{ id, error }`, in whatever order they end. Each page has its own storage.
  */
-import { createInterface } from 'node:readline'
-import { chromium } from 'playwright-core'
-import { options, print } from './client.mjs'
+import { launch } from './chromium.mjs'
+import { options } from './client.mjs'
+import { serve } from './commands.mjs'
 
 const { executable, timeoutMs } = options({ executable: '/usr/bin/chromium', timeoutMs: 30_000 })
-const browser = await chromium.launch({
-  executablePath: executable,
-  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-    '--disable-component-update', '--disable-sync']
-})
+const browser = await launch(executable)
 const pages = new Map()
 
 const commands = {
@@ -54,19 +50,4 @@ const commands = {
   }
 }
 
-const answer = async ({ id, do: command, ...rest }) => {
-  try {
-    if (!Object.hasOwn(commands, command)) throw new Error(`no command ${command}`)
-    await print({ id, value: await commands[command]({ ...pages.get(rest.name), ...rest }) ?? null })
-  } catch (error) {
-    await print({ id, error: String(error) })
-  }
-}
-
-createInterface({ input: process.stdin })
-  .on('line', line => answer(JSON.parse(line)))
-  .on('close', async () => {
-    await browser.close()
-    process.exit(0)
-  })
-await print({ id: 0, value: null })
+await serve(commands, ({ name }) => pages.get(name), () => browser.close())
