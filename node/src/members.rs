@@ -813,11 +813,12 @@ impl Members {
 
     async fn claim(&self, slots: &[Slot]) {
         let begun = Instant::now();
-        match self
-            .store
-            .claim(self.incarnation(), slots, Claim::Orphaned)
-            .await
-        {
+        let claim = if Mutant::AdoptionAfterOutage.is_active() {
+            Claim::Orphaned
+        } else {
+            Claim::OrphanedBySteady
+        };
+        match self.store.claim(self.incarnation(), slots, claim).await {
             Ok(taken) if taken.is_empty() => self.look_now(),
             Ok(taken) => {
                 self.metrics.adoptions.inc_by(taken.len() as u64);

@@ -280,6 +280,10 @@ pub struct MapChange {
 pub enum Claim {
     /// Those without an owner, or whose owner's lease has ended or who is no member.
     Orphaned,
+    /// The same, if the lease of who claims was renewed for `ADOPT_AFTER_STEADY` without a gap longer than
+    /// `RENEWAL_GAP_MAX`, by the store's clock. A claim that was held up on its way takes nothing from those who
+    /// could not renew their leases meanwhile either.
+    OrphanedBySteady,
 }
 
 /// What the planner wants.

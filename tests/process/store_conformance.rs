@@ -1,4 +1,4 @@
-//! What the stores promise, asked of both: real Postgres and SQLite.
+//! What the stores promise, asked of all: real Postgres, SQLite, and the one in memory that the simulation plays with.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
+use collab_node::store::memory::{Database, Harm};
 use collab_node::store::postgres::Postgres;
 use collab_node::store::sqlite::Sqlite;
 use collab_node::store::{
@@ -22,14 +23,24 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, PgPool, SqlitePool};
 use uuid::Uuid;
 
-/// Makes one test per store of each function.
-macro_rules! on_both {
+/// Makes one test of each function per store.
+macro_rules! on_all {
+    ($($test:ident)*) => {
+        on_clusters! { $($test)* }
+        mod on_sqlite {
+            $(#[tokio::test] async fn $test() { super::$test(super::Bench::sqlite().await).await; })*
+        }
+    };
+}
+
+/// Makes one test of each function per store that several nodes may share.
+macro_rules! on_clusters {
     ($($test:ident)*) => {
         mod on_postgres {
             $(#[tokio::test] async fn $test() { super::$test(super::Bench::postgres().await).await; })*
         }
-        mod on_sqlite {
-            $(#[tokio::test] async fn $test() { super::$test(super::Bench::sqlite().await).await; })*
+        mod in_memory {
+            $(#[tokio::test] async fn $test() { super::$test(super::Bench::memory()).await; })*
         }
     };
 }
@@ -42,6 +53,7 @@ mod pins;
 
 const SLOTS: u16 = 256;
 const LEASE: Duration = Duration::from_mins(1);
+const ALL_ROWS_LOST: Harm = Harm::RowsLost(Seq(1)..=Seq(i64::MAX));
 
 /// A store under test, and a way to its rows behind its back.
 struct Bench {
@@ -56,6 +68,7 @@ struct Bench {
 enum Raw {
     Postgres(PgPool),
     Sqlite(SqlitePool),
+    Memory(Database),
 }
 
 /// A registered process and the slots it claimed.
@@ -97,6 +110,17 @@ impl Bench {
         }
     }
 
+    fn memory() -> Self {
+        let database = Database::default();
+        Self {
+            store: Arc::new(database.sessions()),
+            raw: Raw::Memory(database),
+            url: String::new(),
+            _server: None,
+            _folder: None,
+        }
+    }
+
     async fn sqlite() -> Self {
         let folder = Folder::new("sqlite", "root");
         let bench = Self::sqlite_in(folder.path()).await;
@@ -127,23 +151,69 @@ impl Bench {
         }
     }
 
-    /// Changes rows as no store would.
     async fn execute(&self, sql: &str) {
         let sql = AssertSqlSafe(sql.to_owned());
         match &self.raw {
             Raw::Postgres(pool) => drop(sqlx::query(sql).execute(pool).await.unwrap()),
             Raw::Sqlite(pool) => drop(sqlx::query(sql).execute(pool).await.unwrap()),
+            Raw::Memory(_) => panic!("it speaks no SQL"),
+        }
+    }
+
+    /// Changes rows as no store would.
+    async fn harm(&self, document: &DocumentId, harm: Harm) {
+        if let Raw::Memory(database) = &self.raw {
+            return database.harm(document, harm);
+        }
+        let name = document.as_str();
+        match harm {
+            Harm::RowsLost(seqs) => {
+                let (first, last) = seqs.into_inner();
+                self.execute(&format!(
+                    "delete from update_log where document = '{name}' and seq between {first} and {last}"
+                ))
+                .await;
+            }
+            Harm::RowChanged(seq, bytes) => {
+                let bytes = self.blob(&bytes);
+                self.execute(&format!(
+                    "update update_log set bytes = {bytes} where document = '{name}' and seq = {seq}"
+                ))
+                .await;
+            }
+            Harm::SnapshotChanged(seq, bytes) => {
+                let bytes = self.blob(&bytes);
+                self.execute(&format!(
+                    "update snapshot set bytes = {bytes} where document = '{name}' and seq = {seq}"
+                ))
+                .await;
+            }
+            Harm::HashesLost => {
+                let hash = self.blob(b"0");
+                self.execute(&format!(
+                    "update snapshot set sha256 = {hash} where document = '{name}'"
+                ))
+                .await;
+            }
+            Harm::SnapshotsSwapped(other) => {
+                for (from, to) in [(name, "x"), (other.as_str(), name), ("x", other.as_str())] {
+                    self.execute(&format!(
+                        "update snapshot set document = '{to}' where document = '{from}'"
+                    ))
+                    .await;
+                }
+            }
         }
     }
 
     /// A literal of bytes.
-    fn blob(&self, text: &str) -> String {
-        let hex = text
-            .bytes()
+    fn blob(&self, bytes: &[u8]) -> String {
+        let hex = bytes
+            .iter()
             .fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
         match &self.raw {
             Raw::Postgres(_) => format!("'\\x{hex}'::bytea"),
-            Raw::Sqlite(_) => format!("x'{hex}'"),
+            Raw::Sqlite(_) | Raw::Memory(_) => format!("x'{hex}'"),
         }
     }
 

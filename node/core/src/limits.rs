@@ -118,6 +118,8 @@ pub const LEASE_RENEW_EVERY: Duration = Duration::from_millis(500);
 pub const STOP_OWNING_AFTER: Duration = Duration::from_millis(1_700);
 /// A member adopts only after its renewals have succeeded for this long without a gap.
 pub const ADOPT_AFTER_STEADY: Duration = Duration::from_millis(2_500);
+/// A longer time between two renewals is a gap, by the clock of the store.
+pub const RENEWAL_GAP_MAX: Duration = Duration::from_millis(1_250);
 /// After a failover of the database nobody adopts for this long: the new primary may not know the leases and owners of
 /// the last moments, and every owner takes back what it had.
 pub const ADOPT_AFTER_FAILOVER: Duration = Duration::from_secs(3);
@@ -159,6 +161,10 @@ const _: () = assert!(LEASE.as_millis() < ADOPT_AFTER_STEADY.as_millis());
 // Else the target would forget what it read before a slow handoff is through.
 const _: () =
     assert!(PRELOAD_WAIT.as_millis() + FREEZE_WAIT.as_millis() < PRELOAD_KEPT_FOR.as_millis());
+// One lost renewal is no gap; and an outage that ends anybody's lease is a gap for everybody.
+const _: () = assert!(LEASE_RENEW_EVERY.as_millis() * 2 < RENEWAL_GAP_MAX.as_millis());
+const _: () =
+    assert!(RENEWAL_GAP_MAX.as_millis() + LEASE_RENEW_EVERY.as_millis() < LEASE.as_millis());
 // Else the leases that a failover of the database forgot would look ended.
 const _: () = assert!(LEASE.as_millis() + 1_000 <= ADOPT_AFTER_FAILOVER.as_millis());
 // By then others have adopted what it owned.

@@ -5,6 +5,7 @@
 //! behind: a fail-over to it loses those, as one without synchronous replication does.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
-use collab_core::limits::SNAPSHOTS_KEPT;
+use collab_core::limits::{ADOPT_AFTER_STEADY, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT};
 use collab_core::mutants::Mutant;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -26,6 +27,8 @@ use super::{
     SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
+/// When the clock of every simulated database begins, in milliseconds of Unix time.
+const BEGINNING_MS: i64 = 1_700_000_000_000;
 /// Statements that the standby may be behind.
 pub const LAG_MAX: usize = 64;
 
@@ -89,6 +92,7 @@ struct MemberRecord {
     lease_end: Instant,
     fenced: bool,
     renewed_at: Instant,
+    steady_since: Instant,
     load: Option<LoadSample>,
 }
 
@@ -127,6 +131,21 @@ pub struct StoredUpdate {
     pub epoch: Epoch,
     /// The client's bytes.
     pub bytes: Bytes,
+}
+
+/// What happens to the rows of a document behind the store's back.
+#[derive(Clone, Debug)]
+pub enum Harm {
+    /// Rows of its log are lost.
+    RowsLost(RangeInclusive<Seq>),
+    /// A row of its log has other bytes.
+    RowChanged(Seq, Bytes),
+    /// A snapshot has other bytes.
+    SnapshotChanged(Seq, Bytes),
+    /// Its snapshots have hashes of something else.
+    HashesLost,
+    /// Its snapshots and those of another document are under each other's name.
+    SnapshotsSwapped(DocumentId),
 }
 
 impl Default for Database {
@@ -196,6 +215,43 @@ impl Database {
         .collect()
     }
 
+    /// Changes rows as no statement would.
+    pub fn harm(&self, document: &DocumentId, harm: Harm) {
+        let mut server = self.server();
+        let documents = &mut server.primary.documents;
+        let Some(record) = documents.get_mut(document) else {
+            return;
+        };
+        match harm {
+            Harm::RowsLost(seqs) => record.log.retain(|seq, _| !seqs.contains(seq)),
+            Harm::RowChanged(seq, bytes) => {
+                if let Some(row) = record.log.get_mut(&seq) {
+                    row.bytes = bytes;
+                }
+            }
+            Harm::SnapshotChanged(seq, bytes) => {
+                if let Some(row) = record.snapshots.get_mut(&seq) {
+                    row.bytes = bytes;
+                }
+            }
+            Harm::HashesLost => {
+                for row in record.snapshots.values_mut() {
+                    row.sha256 = b"0".to_vec();
+                }
+            }
+            Harm::SnapshotsSwapped(other) => {
+                let snapshots = std::mem::take(&mut record.snapshots);
+                let swapped = documents.get_mut(&other);
+                let swapped = swapped.map_or_else(BTreeMap::new, |other| {
+                    std::mem::replace(&mut other.snapshots, snapshots)
+                });
+                if let Some(record) = documents.get_mut(document) {
+                    record.snapshots = swapped;
+                }
+            }
+        }
+    }
+
     fn read<T>(&self, read: impl FnOnce(&Rows, Instant) -> T) -> T {
         read(&self.server().primary, Instant::now())
     }
@@ -243,6 +299,13 @@ impl Rows {
         self.members
             .get(&incarnation)
             .is_some_and(|member| now < member.lease_end)
+    }
+
+    fn is_steady(&self, incarnation: Uuid, now: Instant) -> bool {
+        self.members.get(&incarnation).is_some_and(|member| {
+            now.saturating_duration_since(member.renewed_at) <= RENEWAL_GAP_MAX
+                && ADOPT_AFTER_STEADY <= now.saturating_duration_since(member.steady_since)
+        })
     }
 
     fn append(&mut self, batch: &[Append], now: Instant) -> Appended {
@@ -449,6 +512,7 @@ impl Rows {
             lease_end,
             fenced: false,
             renewed_at: now,
+            steady_since: now,
             load: None,
         };
         self.members.insert(record.registration.incarnation, record);
@@ -496,6 +560,9 @@ impl Rows {
         let member = self.members.get_mut(&incarnation)?;
         if member.fenced {
             return None;
+        }
+        if RENEWAL_GAP_MAX < now.saturating_duration_since(member.renewed_at) {
+            member.steady_since = now;
         }
         member.lease_end = lease_end;
         member.renewed_at = now;
@@ -579,8 +646,20 @@ impl Rows {
         }
     }
 
-    fn claim(&mut self, incarnation: Uuid, slots: &[Slot], now: Instant) -> Vec<(Slot, Epoch)> {
-        if !self.lives(incarnation, now) {
+    fn claim(
+        &mut self,
+        incarnation: Uuid,
+        slots: &[Slot],
+        claim: Claim,
+        now: Instant,
+    ) -> Vec<(Slot, Epoch)> {
+        let able = match claim {
+            Claim::Orphaned => self.lives(incarnation, now),
+            Claim::OrphanedBySteady => {
+                self.lives(incarnation, now) && self.is_steady(incarnation, now)
+            }
+        };
+        if !able {
             return Vec::new();
         }
         let orphaned = |slot: &Slot| {
@@ -660,7 +739,10 @@ impl Rows {
 
     fn document_row(&self, id: &DocumentId, started: Instant) -> Option<DocumentRow> {
         let document = self.documents.get(id).filter(|row| !row.deleted)?;
-        let millis = |at: Instant| i64::try_from((at - started).as_millis()).unwrap_or(i64::MAX);
+        let millis = |at: Instant| {
+            let passed = i64::try_from((at - started).as_millis()).unwrap_or(i64::MAX);
+            BEGINNING_MS.saturating_add(passed)
+        };
         let updated = document
             .log
             .last_key_value()
@@ -886,11 +968,10 @@ impl Store for Memory {
         slots: &[Slot],
         claim: Claim,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
-        let Claim::Orphaned = claim;
         let slots = slots.to_vec();
         let taken = self
             .database
-            .write(move |rows, now| rows.claim(incarnation, &slots, now));
+            .write(move |rows, now| rows.claim(incarnation, &slots, claim, now));
         self.database.map_changed.notify_waiters();
         Ok(taken)
     }

@@ -21,7 +21,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
-use collab_core::limits::{CLAIM_LOCK_TIMEOUT, SNAPSHOTS_KEPT};
+use collab_core::limits::{
+    ADOPT_AFTER_STEADY, CLAIM_LOCK_TIMEOUT, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
+};
 use sqlx::error::DatabaseError;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
@@ -305,7 +307,12 @@ impl Postgres {
         limit: Duration,
         incarnation: Uuid,
         slots: &[i32],
+        claim: Claim,
     ) -> Result<Vec<PgRow>, StoreError> {
+        let steady = match claim {
+            Claim::Orphaned => None,
+            Claim::OrphanedBySteady => Some(ADOPT_AFTER_STEADY),
+        };
         // Judged first, locked second, compared third: a row that changed while this waited for its
         // lock is left alone. (An outer join to member under the lock would be evaluated again for
         // the new owner without finding it, and take the slot from a live member.)
@@ -315,7 +322,11 @@ impl Postgres {
              ), orphan as materialized (
                select s.slot, s.epoch, s.owner from slot s left join member m on m.incarnation = s.owner, patience
                where s.slot = any($1) and (m.incarnation is null or m.lease_end <= clock_timestamp())
-                 and exists (select from member where incarnation = $2 and clock_timestamp() < lease_end)
+                 and exists (
+                   select from member where incarnation = $2 and clock_timestamp() < lease_end and ($4 is null
+                     or $4 * interval '1 ms' <= clock_timestamp() - steady_since
+                     and clock_timestamp() - renewed_at <= $5 * interval '1 ms')
+                 )
              ), mine as materialized (
                select s.slot from slot s join orphan o using (slot) where s.epoch = o.epoch
                order by s.slot for no key update of s
@@ -327,7 +338,9 @@ impl Postgres {
         )
         .bind(slots)
         .bind(incarnation)
-        .bind(format!("{}ms", CLAIM_LOCK_TIMEOUT.as_millis()));
+        .bind(format!("{}ms", CLAIM_LOCK_TIMEOUT.as_millis()))
+        .bind(steady.map(millis).transpose()?)
+        .bind(millis(RENEWAL_GAP_MAX)?);
         self.run(&self.control, limit, query).await
     }
 
@@ -828,7 +841,8 @@ impl Store for Postgres {
              on conflict (pod_uid) do update set incarnation = excluded.incarnation, node = excluded.node,
                address = excluded.address, zone = coalesce(nullif(excluded.zone, ''), member.zone),
                weight = excluded.weight, state = excluded.state,
-               lease_end = excluded.lease_end, renewed_at = excluded.renewed_at, load = null, fenced = false
+               lease_end = excluded.lease_end, renewed_at = excluded.renewed_at, steady_since = excluded.steady_since,
+               load = null, fenced = false
              returning pg_notify('collab_members', '')",
         )
         .bind(member.incarnation)
@@ -854,6 +868,8 @@ impl Store for Postgres {
         let query = sqlx::query(
             "with me as (
                update member set lease_end = clock_timestamp() + $2 * interval '1 ms', renewed_at = clock_timestamp(),
+                 steady_since = case when $5 * interval '1 ms' < clock_timestamp() - renewed_at then clock_timestamp()
+                   else steady_since end,
                  load = $3
                where incarnation = $1 and not fenced returning *
              ), everybody as (
@@ -868,7 +884,8 @@ impl Store for Postgres {
         .bind(incarnation)
         .bind(millis(lease)?)
         .bind(Json(load))
-        .bind(pod_uid);
+        .bind(pod_uid)
+        .bind(millis(RENEWAL_GAP_MAX)?);
         let rows = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
         let any = |column| {
             rows.iter().try_fold(false, |any, row| {
@@ -1007,14 +1024,16 @@ impl Store for Postgres {
         slots: &[Slot],
         claim: Claim,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
-        let Claim::Orphaned = claim;
         let numbers: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
         // `lock_timeout` bounds the wait for each holder of a lock, and holders may take turns.
         let patience = 3 * CLAIM_LOCK_TIMEOUT;
-        let rows = match self.claim_within(patience, incarnation, &numbers).await {
+        let rows = match self
+            .claim_within(patience, incarnation, &numbers, claim)
+            .await
+        {
             Err(StoreError::Unavailable(error)) if is_held_up(&error) => {
                 self.end_sessions_of_lost_owners(&numbers).await?;
-                self.claim_within(CONTROL_TIMEOUT, incarnation, &numbers)
+                self.claim_within(CONTROL_TIMEOUT, incarnation, &numbers, claim)
                     .await?
             }
             rows => rows?,

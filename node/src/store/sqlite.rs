@@ -528,7 +528,8 @@ impl Store for Sqlite {
         slots: &[Slot],
         claim: Claim,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
-        let Claim::Orphaned = claim;
+        // The one member of this store has nobody to take a slot from but its own earlier runs.
+        let (Claim::Orphaned | Claim::OrphanedBySteady) = claim;
         if self
             .member
             .lock()

@@ -2,7 +2,7 @@
 
 use super::*;
 
-on_both! {
+on_all! {
     what_was_appended_is_loaded
     an_older_epoch_is_fenced
     a_key_is_written_once
@@ -212,9 +212,7 @@ async fn a_tail_joins_what_was_read_or_is_none(bench: Bench) {
     assert_eq!(bench.compact(&doc, node.right(1)).await, Fence::Held);
     assert_eq!(bench.tail(&doc, 1, 1).await, None);
     assert_eq!(bench.tail(&doc, 1, 4).await, rows(&[]));
-    bench
-        .execute("delete from update_log where document = 'a'")
-        .await;
+    bench.harm(&doc, ALL_ROWS_LOST).await;
     assert_eq!(
         bench.tail(&doc, 1, 3).await,
         None,

@@ -1,15 +1,30 @@
 //! Members, slots, the map and the planner's wishes.
 
+use collab_core::limits::{ADOPT_AFTER_STEADY, RENEWAL_GAP_MAX};
 use collab_node::store::Judgement;
 
 use super::*;
 
-on_both! {
+on_all! {
     an_older_term_changes_nothing
     the_number_of_slots_cannot_change
     a_superseded_process_is_no_member
     the_map_tells_what_changed
     a_zone_that_was_told_stays_with_the_pod
+}
+
+mod on_clusters {
+    use super::*;
+
+    on_clusters! {
+        slots_go_to_an_active_member_and_to_nobody_else
+        an_ended_lease_gives_slots_away_until_it_is_renewed
+        a_lease_is_ended_early_only_when_it_was_not_renewed_for_a_while
+        who_has_no_lease_judges_nobody
+        of_two_members_that_judge_each_other_one_stays
+        who_takes_back_has_the_newest_epoch
+        who_was_cut_off_claims_nothing_at_once
+    }
 }
 
 async fn an_older_term_changes_nothing(bench: Bench) {
@@ -265,9 +280,7 @@ async fn three_nodes_start_at_once_on_an_empty_database() {
     assert_eq!(renewed.timeline, "00000001");
 }
 
-#[tokio::test]
-async fn slots_go_to_an_active_member_and_to_nobody_else() {
-    let bench = Bench::postgres().await;
+async fn slots_go_to_an_active_member_and_to_nobody_else(bench: Bench) {
     let (a, b) = (bench.owner().await, bench.node("node-1").await);
     let rights = [1, 2, 3].map(|slot| a.right(slot));
 
@@ -309,9 +322,7 @@ async fn slots_go_to_an_active_member_and_to_nobody_else() {
     );
 }
 
-#[tokio::test]
-async fn an_ended_lease_gives_slots_away_until_it_is_renewed() {
-    let bench = Bench::postgres().await;
+async fn an_ended_lease_gives_slots_away_until_it_is_renewed(bench: Bench) {
     let (a, b) = (bench.owner().await, bench.node("node-1").await);
     let rights = [1, 2, 3].map(|slot| a.right(slot));
     bench.hand_off(&rights[..2], b.incarnation).await;
@@ -346,9 +357,7 @@ async fn an_ended_lease_gives_slots_away_until_it_is_renewed() {
 
 const AGE: Duration = Duration::from_millis(150);
 
-#[tokio::test]
-async fn a_lease_is_ended_early_only_when_it_was_not_renewed_for_a_while() {
-    let bench = Bench::postgres().await;
+async fn a_lease_is_ended_early_only_when_it_was_not_renewed_for_a_while(bench: Bench) {
     let (lost, judge) = (bench.owner().await, bench.node("node-1").await);
     let end = || {
         bench
@@ -382,9 +391,7 @@ async fn a_lease_is_ended_early_only_when_it_was_not_renewed_for_a_while() {
     assert_eq!(bench.renewed(&again).await.members.len(), 2);
 }
 
-#[tokio::test]
-async fn who_has_no_lease_judges_nobody() {
-    let bench = Bench::postgres().await;
+async fn who_has_no_lease_judges_nobody(bench: Bench) {
     let (target, judge) = (bench.node("node-0").await, bench.node("node-1").await);
     tokio::time::sleep(AGE).await;
     let end = async |judge, target| bench.store.end_lease(judge, target, AGE).await.unwrap();
@@ -402,9 +409,7 @@ async fn who_has_no_lease_judges_nobody() {
     bench.renewed(&target).await;
 }
 
-#[tokio::test]
-async fn of_two_members_that_judge_each_other_one_stays() {
-    let bench = Bench::postgres().await;
+async fn of_two_members_that_judge_each_other_one_stays(bench: Bench) {
     for _ in 0..20 {
         let (a, b) = (bench.node("node-0").await, bench.node("node-1").await);
         tokio::time::sleep(AGE).await;
@@ -449,9 +454,7 @@ async fn a_renewal_in_between_saves_the_lease() {
     bench.renewed(&target).await;
 }
 
-#[tokio::test]
-async fn who_takes_back_has_the_newest_epoch() {
-    let bench = Bench::postgres().await;
+async fn who_takes_back_has_the_newest_epoch(bench: Bench) {
     let (a, b) = (bench.owner().await, bench.node("node-1").await);
     let reclaim = async |node: &Node, held: &[Ownership]| {
         let reclaimed = bench.store.reclaim(node.incarnation, held).await;
@@ -469,6 +472,36 @@ async fn who_takes_back_has_the_newest_epoch() {
     assert_eq!(bench.right_now(1).await.incarnation, b.incarnation);
     bench.store.leave(b.incarnation).await.unwrap();
     assert_eq!(reclaim(&b, &[forgotten]).await, [], "it is no member");
+}
+
+/// Such a claim arrives late, just behind a renewal, and finds that others could not renew either.
+async fn who_was_cut_off_claims_nothing_at_once(bench: Bench) {
+    let (lost, node) = (bench.owner().await, bench.node("node-1").await);
+    bench.store.leave(lost.incarnation).await.unwrap();
+    let claim = async |slot| {
+        let slots = [Slot(slot)];
+        let claim = bench
+            .store
+            .claim(node.incarnation, &slots, Claim::OrphanedBySteady);
+        claim.await.unwrap()
+    };
+    let settle = async || {
+        let started = Instant::now();
+        while started.elapsed() <= ADOPT_AFTER_STEADY {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            bench.renewed(&node).await;
+        }
+    };
+    assert_eq!(claim(1).await, [], "it has just come");
+    settle().await;
+    assert_eq!(claim(1).await, [(Slot(1), Epoch(2))]);
+
+    tokio::time::sleep(RENEWAL_GAP_MAX + Duration::from_millis(50)).await;
+    assert_eq!(claim(2).await, [], "it did not renew");
+    bench.renewed(&node).await;
+    assert_eq!(claim(2).await, [], "it was cut off a moment ago");
+    settle().await;
+    assert_eq!(claim(2).await, [(Slot(2), Epoch(2))]);
 }
 
 /// The judgement "its owner is lost" must not be made again, wrongly, for the owner that comes while

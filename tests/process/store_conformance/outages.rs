@@ -131,9 +131,39 @@ async fn a_restart_of_the_database_costs_one_call_and_not_one_per_session() {
 }
 
 #[tokio::test]
-async fn a_failover_of_the_database_is_seen() {
+async fn a_failover_of_postgres_is_seen() {
     let mut server = Server::start().await;
     let bench = Bench::postgres_at(server.url()).await;
+    let fails_over = async |node: &Node, doc: &DocumentId| {
+        server.restart_as_standby().await.unwrap();
+        for _ in 0..2 {
+            let failed = bench
+                .store
+                .append(&[node.update(doc, 1, 3, "3")])
+                .await
+                .unwrap_err();
+            assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
+            assert!(
+                matches!(bench.store.load(doc).await, Err(LoadError::Store(_))),
+                "nothing is read from it"
+            );
+        }
+        server.promote().await.unwrap();
+    };
+    a_failover_is_seen(&bench, fails_over).await;
+}
+
+#[tokio::test]
+async fn a_failover_of_the_simulated_database_is_seen() {
+    let bench = Bench::memory();
+    let Raw::Memory(database) = &bench.raw else {
+        unreachable!()
+    };
+    let fails_over = async |_: &Node, _: &DocumentId| database.fail_over(0);
+    a_failover_is_seen(&bench, fails_over).await;
+}
+
+async fn a_failover_is_seen(bench: &Bench, fails_over: impl AsyncFnOnce(&Node, &DocumentId)) {
     let node = bench.owner().await;
     let doc = document("a");
     node.write(&doc, 1, 1..=2).await;
@@ -147,21 +177,7 @@ async fn a_failover_of_the_database_is_seen() {
     };
     assert_eq!(held(renew().await.unwrap()).timeline, "00000001");
     let seen = bench.map(0).await;
-
-    server.restart_as_standby().await.unwrap();
-    for _ in 0..2 {
-        let failed = bench
-            .store
-            .append(&[node.update(&doc, 1, 3, "3")])
-            .await
-            .unwrap_err();
-        assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
-        assert!(
-            matches!(bench.store.load(&doc).await, Err(LoadError::Store(_))),
-            "nothing is read from it"
-        );
-    }
-    server.promote().await.unwrap();
+    fails_over(&node, &doc).await;
     let renewed = held(until_answered(renew).await);
     assert_eq!(renewed.timeline, "00000002");
     let map = bench.map(seen.horizon).await;

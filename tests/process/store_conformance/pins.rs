@@ -2,10 +2,18 @@
 
 use super::*;
 
-on_both! {
+on_all! {
     a_pin_gives_a_document_its_own_slot_and_fences_both
     a_free_slot_is_used_again_and_its_epoch_goes_on
     an_older_term_pins_nothing
+}
+
+mod on_clusters {
+    use super::*;
+
+    on_clusters! {
+        documents_pinned_at_once_get_slots_of_their_own
+    }
 }
 
 const HOME: Slot = Slot(7);
@@ -104,9 +112,7 @@ async fn an_older_term_pins_nothing(bench: Bench) {
 }
 
 /// Two operators' requests, or one that was sent twice.
-#[tokio::test]
-async fn documents_pinned_at_once_get_slots_of_their_own() {
-    let bench = Bench::postgres().await;
+async fn documents_pinned_at_once_get_slots_of_their_own(bench: Bench) {
     bench.owner().await;
     let documents: Vec<_> = (0..8)
         .map(|number| document(&format!("hot-{}", number / 2)))
