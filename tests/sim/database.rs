@@ -11,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
-use collab_core::limits::LEASE;
+use collab_core::limits::{LEASE, RENEWAL_GAP_MAX};
 use collab_node::store::memory::{Database, Memory};
 use collab_node::store::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
@@ -50,6 +50,7 @@ const AFTER_OUTAGE: Duration = Duration::from_secs(2);
 #[derive(Default)]
 struct Health {
     down: bool,
+    /// When the newest outage ended that could end a lease.
     up_since: Option<Instant>,
     /// When the newest outage began.
     down_since: Option<Instant>,
@@ -114,7 +115,12 @@ impl Server {
 
     pub(crate) fn come_up(&self) {
         let mut health = self.health();
-        if std::mem::take(&mut health.down) {
+        let was_down = std::mem::take(&mut health.down);
+        // A shorter outage ends nobody's lease: who lost it just then would have lost it anyway.
+        let long = health
+            .down_since
+            .is_some_and(|since| RENEWAL_GAP_MAX <= since.elapsed());
+        if was_down && long {
             health.up_since = Some(Instant::now());
         }
     }

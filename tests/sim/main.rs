@@ -38,7 +38,7 @@ use settings::{Fault, Settings};
 use world::{Failure, Outcome, World};
 
 /// Seeds of one run of the tier.
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 300;
 /// Seeds that are played at the same time.
 const THREADS: u64 = 2;
 
