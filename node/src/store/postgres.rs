@@ -420,11 +420,12 @@ impl Sessions {
         statement_timeout: Duration,
     ) -> Result<(), sqlx::Error> {
         let unusable = |reason: &str| Err(sqlx::Error::Configuration(reason.into()));
-        // A timeout that the role or database may have set would cancel waits for the standby. The rest
-        // lets the server notice within seconds that this process or its host is gone.
+        // A timeout that the role or database may have set would cancel waits for the standby. Compiling a statement takes
+        // up to a second, and none here runs for longer than some milliseconds. The rest lets the server notice within
+        // seconds that this process or its host is gone.
         sqlx::query(
             "select set_config('synchronous_commit', 'on', false), set_config('statement_timeout', $1, false),
-               set_config('lock_timeout', '0', false), set_config('client_connection_check_interval', '1s', false),
+               set_config('jit', 'off', false), set_config('lock_timeout', '0', false), set_config('client_connection_check_interval', '1s', false),
                set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false),
                set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10s', false)",
         )
