@@ -745,6 +745,9 @@ pub struct NodesStatus {
     /// Nodes that hand over their slots.
     #[serde(default)]
     pub draining: i32,
+    /// Nodes that are given few slots or none, because they lost their leases too often.
+    #[serde(default)]
+    pub quarantined: i32,
     /// Label selector of the pods, as text.
     #[serde(default)]
     pub selector: String,

@@ -56,6 +56,8 @@ pub mod reason {
     pub const SCALING_IN: &str = "ScalingIn";
     /// Pods are replaced one at a time.
     pub const ROLLING_OUT: &str = "RollingOut";
+    /// A node lost its lease so often that it is given few slots or none for a while.
+    pub const NODE_QUARANTINED: &str = "NodeQuarantined";
     /// The database does not answer.
     pub const POSTGRES_UNAVAILABLE: &str = "PostgresUnavailable";
     /// Redis does not answer.

@@ -9,11 +9,12 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router, middleware};
 use collab_core::control::{
-    ClusterReport, DrainRequest, MemberReport, NodeLoad, PinPlacement, PinReport, PinRequest,
-    PlacementRequest, TermGranted, TermRefused, TermRequest, ZonesRequest,
+    ClusterReport, DrainRequest, FenceRequest, MemberReport, NodeLoad, PinPlacement, PinReport,
+    PinRequest, PlacementRequest, TermGranted, TermRefused, TermRequest, ZonesRequest,
 };
 use collab_core::ids::{NodeId, Slot, Term};
 use collab_core::limits::PINS_MAX;
+use tokio::time::Instant;
 
 use crate::api::{ApiError, owners};
 use crate::auth::bearer;
@@ -39,6 +40,7 @@ pub fn control(app: &Arc<App>) -> Router<Arc<App>> {
         .route("/control/v1/load", get(load))
         .route("/control/v1/zones", put(zones))
         .route("/control/v1/pin", post(pin))
+        .route("/control/v1/fence", post(fence))
         .route(owners::ASK_PATH, post(owners::answer))
         .route(websocket::STREAM_PATH, get(stream))
         .layer(middleware::from_fn_with_state(app.clone(), authorized))
@@ -111,6 +113,7 @@ async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiE
     // From the store, not from the map, which may not yet have what the operator asked for a moment ago.
     let (summary, placement) = futures::try_join!(app.store.summary(), app.store.placement())?;
     let map = app.members.map();
+    let quarantined = map.quarantined(Instant::now());
     let mut members: Vec<_> = map.members().cloned().collect();
     members.sort_by(|a, b| (&a.node, a.incarnation).cmp(&(&b.node, b.incarnation)));
     let index = |incarnation| {
@@ -165,8 +168,9 @@ async fn report(State(app): State<Arc<App>>) -> Result<Json<ClusterReport>, ApiE
             state: member.state,
             live: !member.lease_left.is_zero(),
             slots_owned: owned(index),
-            load: member.load,
+            load: member.load.clone(),
             load_age_ms: u64::try_from(member.load_age.as_millis()).unwrap_or(u64::MAX),
+            quarantine: quarantined.get(&member.node).copied(),
         });
     Ok(Json(ClusterReport {
         reporter: app.members.node().clone(),
@@ -259,6 +263,14 @@ async fn zones(
     Ok(unless_refused(
         app.store.set_zones(request.term, &request.zones).await?,
     ))
+}
+
+async fn fence(
+    State(app): State<Arc<App>>,
+    Json(request): Json<FenceRequest>,
+) -> Result<Response, ApiError> {
+    let FenceRequest { term, incarnation } = request;
+    Ok(unless_refused(app.store.fence(term, incarnation).await?))
 }
 
 async fn pin(

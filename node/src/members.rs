@@ -14,13 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use collab_core::control::{LoadSample, MemberState};
+use collab_core::control::{LoadSample, MemberState, Silence};
 use collab_core::ids::{DocumentId, Epoch, NodeId, Slot};
 use collab_core::limits::{
     ADOPT_AFTER_FAILOVER, ADOPT_AFTER_STEADY, ADOPTION_STAGGER, EARLY_FENCE_AGE, EARLY_FENCE_EVERY,
     LEASE, LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
 };
 use collab_core::mutants::Mutant;
+use collab_core::quarantine::{Quarantine, quarantined};
 use collab_core::ring::{Ring, RingNode, plan_placement, slot_of};
 use collab_core::wire::map::{SharedMap, SharedMember};
 use sha2::{Digest, Sha256};
@@ -173,6 +174,7 @@ impl Map {
                     lease_left: LEASE,
                     load: None,
                     load_age: Duration::ZERO,
+                    leases_lost_ago: Vec::new(),
                 };
                 Known::learned(member, now, None)
             });
@@ -228,6 +230,12 @@ impl Map {
         peers.map(|known| (known.member.incarnation, known.member.address.as_str()))
     }
 
+    /// The name of a registered process.
+    pub fn node_of(&self, incarnation: Uuid) -> Option<&NodeId> {
+        let known = self.members.get(&incarnation)?;
+        Some(&known.member.node)
+    }
+
     /// Whether a process is registered.
     pub fn is_member(&self, incarnation: Uuid) -> bool {
         self.members.contains_key(&incarnation)
@@ -254,12 +262,27 @@ impl Map {
             .collect()
     }
 
-    fn ring(&self, candidates: &BTreeMap<NodeId, Uuid>) -> Ring {
+    /// The candidates that are in quarantine at `now`.
+    pub fn quarantined(&self, now: Instant) -> BTreeMap<NodeId, Quarantine> {
+        let candidates = self.candidates(now);
+        let members = candidates
+            .values()
+            .filter_map(|incarnation| Some(&self.members.get(incarnation)?.member));
+        quarantined(members.map(|member| (&member.node, &member.leases_lost_ago[..])))
+    }
+
+    /// The candidates, less those that are held in quarantine.
+    fn ring(
+        &self,
+        candidates: &BTreeMap<NodeId, Uuid>,
+        quarantined: &BTreeMap<NodeId, Quarantine>,
+    ) -> Ring {
         let members = candidates.values().filter_map(|incarnation| {
             let member = &self.members.get(incarnation)?.member;
+            let quarantine = quarantined.get(&member.node);
             Some(RingNode {
                 name: member.node.clone(),
-                weight: member.weight,
+                weight: quarantine.map_or(member.weight, |it| it.of(member.weight)),
                 zone: member.zone.clone(),
             })
         });
@@ -296,7 +319,13 @@ impl Map {
         if candidates.is_empty() {
             return Vec::new();
         }
-        let ring = self.ring(&candidates);
+        let quarantined = self.quarantined(now);
+        let ring = self.ring(&candidates, &quarantined);
+        let is_held = |node: &NodeId| quarantined.get(node).is_some_and(|it| it.is_held());
+        let serves = |incarnation| {
+            let mut serving = candidates.iter().filter(|(node, _)| !is_held(node));
+            serving.any(|(_, candidate)| *candidate == incarnation)
+        };
         let current: Vec<Option<NodeId>> = self
             .slots()
             .iter()
@@ -310,12 +339,15 @@ impl Map {
         let wanted = |slot: Slot| {
             let number = usize::from(slot.0);
             let by_operator = self.placement.slots.get(number);
-            let by_operator = by_operator.and_then(|node| candidates.get(node));
+            // A plan that was made before the quarantine began does not end it.
+            let by_operator = by_operator
+                .filter(|node| !is_held(node))
+                .and_then(|node| candidates.get(node));
             by_operator.or_else(|| {
                 let node = match planned.get(number) {
                     Some(index) => ring.nodes().get(usize::from(*index)),
                     // A virtual slot stays while its owner does.
-                    None if candidates.values().any(|candidate| *candidate == me) => return None,
+                    None if serves(me) => return None,
                     None => ring.preference(slot).next(),
                 };
                 node.and_then(|node| candidates.get(node))
@@ -367,6 +399,7 @@ pub struct Members {
     map: Watched<Arc<Map>>,
     lease: Mutex<Lease>,
     load: Mutex<LoadSample>,
+    silences: Mutex<Vec<Silence>>,
     look_now: Notify,
     renew_now: Notify,
     adopt_now: Notify,
@@ -407,6 +440,7 @@ impl Members {
             })),
             lease: Mutex::default(),
             load: Mutex::default(),
+            silences: Mutex::default(),
             look_now: Notify::new(),
             renew_now: Notify::new(),
             adopt_now: Notify::new(),
@@ -486,6 +520,11 @@ impl Members {
     /// The numbers that the next renewal reports.
     pub fn set_load(&self, load: LoadSample) {
         *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
+    }
+
+    /// The members that are not heard, which the next renewal reports.
+    pub fn set_silences(&self, silences: Vec<Silence>) {
+        *self.silences.lock().unwrap_or_else(PoisonError::into_inner) = silences;
     }
 
     /// Gives all slots away from now on, and says so to the others.
@@ -581,7 +620,7 @@ impl Members {
                 }
             }
             let begun = Instant::now();
-            let load = *self.load.lock().unwrap_or_else(PoisonError::into_inner);
+            let load = self.sample();
             let (incarnation, pod_uid) = (self.incarnation(), &self.registration.pod_uid);
             let renewal = self.store.renew(incarnation, pod_uid, LEASE, load);
             match timeout(RENEW_TIMEOUT, renewal).await {
@@ -594,6 +633,15 @@ impl Members {
                 Ok(Err(error)) => self.not_renewed(&error.to_string()),
                 Err(_) => self.not_renewed("no answer in time"),
             }
+        }
+    }
+
+    fn sample(&self) -> LoadSample {
+        let load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
+        let silences = self.silences.lock();
+        LoadSample {
+            silences: silences.unwrap_or_else(PoisonError::into_inner).clone(),
+            ..load.clone()
         }
     }
 
@@ -773,22 +821,27 @@ impl Members {
                 continue;
             }
             let candidates = map.candidates(now);
-            let ring = map.ring(&candidates);
+            let ring = map.ring(&candidates, &map.quarantined(now));
             let due: Vec<Slot> = orphans
                 .into_iter()
                 .filter(|(slot, since)| {
                     let since = since.unwrap_or_else(|| *seen.entry(*slot).or_insert(now));
-                    let rank = ring
-                        .preference(*slot)
-                        .position(|node| *node == self.registration.node);
+                    let mut order = ring.preference(*slot);
+                    let rank = order.position(|node| *node == self.registration.node);
+                    // Who is held in quarantine steps in when nobody else does.
+                    let is_held = candidates.contains_key(&self.registration.node);
+                    let rank = rank.or_else(|| is_held.then(|| ring.nodes().len()));
                     let wait =
                         rank.map(|rank| ADOPTION_STAGGER * u32::try_from(rank).unwrap_or(u32::MAX));
                     wait.is_some_and(|wait| since + wait <= now)
                 })
                 .map(|(slot, _)| slot)
                 .collect();
+            let owners = due.iter().filter_map(|slot| map.owner(*slot));
+            let lost: BTreeSet<Uuid> = owners.map(|owner| owner.incarnation).collect();
             if !due.is_empty() {
-                self.claim(&due).await;
+                // Side by side: a lost owner may be back at any moment, and nobody should wait for the note.
+                tokio::join!(self.claim(&due), self.note_lost_leases(lost));
             }
         }
     }
@@ -809,6 +862,16 @@ impl Members {
             }
             true
         });
+    }
+
+    /// What is not noted is not held against anybody.
+    async fn note_lost_leases(&self, lost: BTreeSet<Uuid>) {
+        let lost: Vec<Uuid> = lost.into_iter().collect();
+        if !lost.is_empty()
+            && let Err(error) = self.store.note_lost_leases(&lost).await
+        {
+            tracing::warn!(%error, "cannot note that leases were lost");
+        }
     }
 
     async fn claim(&self, slots: &[Slot]) {
@@ -913,6 +976,10 @@ impl Members {
         self.metrics
             .slots_owned
             .set(i64::try_from(owned).unwrap_or(i64::MAX));
+        let quarantined = self.map().quarantined(read_at).len();
+        self.metrics
+            .nodes_quarantined
+            .set(i64::try_from(quarantined).unwrap_or(i64::MAX));
     }
 
     /// Changes the picture and wakes its watchers when `change` says that they should know.
@@ -1059,6 +1126,38 @@ mod tests {
     }
 
     #[test]
+    fn a_node_in_quarantine_gives_its_slots_away_whatever_was_planned() {
+        let mut map = map();
+        let now = Instant::now();
+        map.placement.slots = vec![NodeId(ME.to_string()); usize::from(SLOTS_MIN)];
+        assert_eq!(map.handoffs(ME, now), [], "as the operator wants it");
+        let flapping = |seconds: u64| {
+            [1, 2, 3]
+                .map(|ago| Duration::from_secs(seconds + ago))
+                .to_vec()
+        };
+        let lost_ago = |map: &mut Map, me: Uuid, ago| {
+            map.members
+                .get_mut(&me)
+                .expect("registered")
+                .member
+                .leases_lost_ago = ago;
+        };
+        lost_ago(&mut map, ME, flapping(0));
+        let gone = map.handoffs(ME, now);
+        assert_eq!(gone.len(), usize::from(SLOTS_MIN) + 1);
+        assert!(gone.iter().all(|(_, target)| *target == OTHER));
+        // A quarter of an even share.
+        map.placement.slots.clear();
+        lost_ago(&mut map, ME, flapping(30));
+        let kept = usize::from(SLOTS_MIN) - map.handoffs(ME, now).len();
+        assert_eq!(kept, usize::from(SLOTS_MIN).div_ceil(5));
+        lost_ago(&mut map, OTHER, flapping(0));
+        lost_ago(&mut map, ME, flapping(0));
+        assert_eq!(map.quarantined(now).len(), 0, "it is not they");
+    }
+
+    #[test]
     fn a_virtual_slot_without_a_document_is_nobodys() {
         let mut map = map();
         let now = Instant::now();
@@ -1104,6 +1203,7 @@ mod tests {
             lease_left,
             load: None,
             load_age: Duration::ZERO,
+            leases_lost_ago: Vec::new(),
         }
     }
 }

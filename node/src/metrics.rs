@@ -55,6 +55,8 @@ pub struct Metrics {
     pub append_batch_updates: Histogram,
     /// Slots adopted from a lost owner.
     pub adoptions: IntCounter,
+    /// Nodes that are given few slots or none because they lost their leases too often, as this node sees it.
+    pub nodes_quarantined: IntGauge,
     /// Leases of other members that this node ended early, because their process was gone.
     pub early_fences: IntCounter,
     /// Times that others ended the lease of this node while it lived.
@@ -176,6 +178,10 @@ impl Metrics {
             adoptions: counter(
                 "collab_adoptions_total",
                 "Slots that this node adopted from a lost owner.",
+            ),
+            nodes_quarantined: gauge(
+                "collab_nodes_quarantined",
+                "Nodes that are given few slots or none because they lost their leases too often, as this node sees it.",
             ),
             early_fences: counter(
                 "collab_early_fences_total",

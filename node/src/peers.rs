@@ -13,8 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use collab_core::ids::{DocumentId, Epoch};
-use collab_core::limits::LEASE;
+use collab_core::control::Silence;
+use collab_core::ids::{DocumentId, Epoch, NodeId};
+use collab_core::limits::{LEASE, SILENT_AFTER};
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner};
 use futures::future::join_all;
@@ -24,7 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use uuid::Uuid;
 
 use crate::documents::{Attachment, Documents, EdgeSender};
-use crate::members::Members;
+use crate::members::{Map, Members};
 use crate::metrics::Metrics;
 use crate::tasks::Tasks;
 
@@ -55,8 +56,29 @@ pub struct Peers {
     metrics: Metrics,
     tasks: Tasks,
     links: Mutex<BTreeMap<Uuid, Opened>>,
+    /// When the process at an address was last heard, over all streams to it.
+    heard: Mutex<BTreeMap<String, Heard>>,
     next_link: AtomicU64,
     next_channel: AtomicU32,
+}
+
+struct Heard {
+    /// The node, once its process was seen as a member.
+    node: Option<NodeId>,
+    last: Arc<Mutex<Instant>>,
+    /// When a process at this address was last a member.
+    a_member: Instant,
+}
+
+impl Default for Heard {
+    fn default() -> Self {
+        let now = Instant::now();
+        Self {
+            node: None,
+            last: Arc::new(Mutex::new(now)),
+            a_member: now,
+        }
+    }
 }
 
 struct Opened {
@@ -106,6 +128,7 @@ impl Peers {
             metrics,
             tasks,
             links: Mutex::default(),
+            heard: Mutex::default(),
             next_link: AtomicU64::new(1),
             next_channel: AtomicU32::new(1),
         })
@@ -124,8 +147,38 @@ impl Peers {
                 // A stream that documents still use goes on without its entry, until they let go of it.
                 links.retain(|incarnation, _| map.is_member(*incarnation));
             }
+            self.members.set_silences(self.silences(&map.get()));
             let _ = timeout(REDIAL_EVERY, map.changed()).await;
         }
+    }
+
+    /// The members that were not heard for a while. Whoever has just come is given that time, but not who was fenced and goes
+    /// on as another incarnation.
+    fn silences(&self, map: &Map) -> Vec<Silence> {
+        let now = Instant::now();
+        let mut known = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        for (incarnation, address) in map.peers(self.members.incarnation(), now) {
+            let heard = known.entry(address.to_owned()).or_default();
+            heard.a_member = now;
+            heard.node = map.node_of(incarnation).cloned();
+        }
+        known.retain(|_, Heard { last, a_member, .. }| {
+            let has_stream = 1 < Arc::strong_count(last);
+            has_stream || now < *a_member + LEASE
+        });
+        let silent = known.values().filter_map(|heard| {
+            let last = *heard.last.lock().unwrap_or_else(PoisonError::into_inner);
+            let silent = now.saturating_duration_since(last);
+            let node = heard.node.clone().filter(|_| SILENT_AFTER <= silent)?;
+            let ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
+            Some(Silence { node, ms })
+        });
+        silent.collect()
+    }
+
+    fn last_heard(&self, address: &str) -> Arc<Mutex<Instant>> {
+        let mut known = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entry(address.to_owned()).or_default().last.clone()
     }
 
     /// Opens a channel to a document on another node. The end of the second part means: the stream has failed.
@@ -226,7 +279,8 @@ impl Peers {
             let lost = match peers.dial(&address, incarnation).await {
                 Ok(link) => {
                     peers.metrics.relay_links.inc();
-                    match run_link(link, &mut queue).await {
+                    let heard = peers.last_heard(&address);
+                    match run_link(link, &mut queue, &heard).await {
                         Ok(()) => tracing::debug!(address, "a stream to another node ended"),
                         Err(error) => {
                             tracing::info!(address, %error, "a stream to another node failed");
@@ -290,6 +344,7 @@ impl Peers {
 async fn run_link(
     link: Link,
     queue: &mut mpsc::UnboundedReceiver<Command>,
+    last_heard: &Mutex<Instant>,
 ) -> Result<(), LinkError> {
     let Link {
         mut outgoing,
@@ -298,6 +353,8 @@ async fn run_link(
     } = link;
     let mut channels = BTreeMap::<Channel, mpsc::UnboundedSender<ToEdge>>::new();
     let mut heard = Instant::now();
+    let note = |at| *last_heard.lock().unwrap_or_else(PoisonError::into_inner) = at;
+    note(heard);
     let mut ping = interval(PING_EVERY);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -312,6 +369,7 @@ async fn run_link(
             }
             frame = incoming.next() => {
                 heard = Instant::now();
+                note(heard);
                 match frame.transpose()? {
                     Some(Frame::Data(frame)) => match ToEdge::decode(frame) {
                         Ok((channel, message)) => {

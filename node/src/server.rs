@@ -323,6 +323,7 @@ async fn sample_load(app: Arc<App>) -> anyhow::Result<()> {
             documents: count(app.documents.count()),
             degraded: count(app.documents.degraded()),
             resident_bytes: resident_bytes(),
+            silences: Vec::new(), // of which the members tell
         });
         sleep(LOAD_EVERY).await;
     }

@@ -201,6 +201,8 @@ pub struct Member {
     pub load: Option<LoadSample>,
     /// Age of that sample (= of the last renewal) by the store's clock.
     pub load_age: Duration,
+    /// How long ago its node lost leases, by the store's clock, the last one first; see [`Store::note_lost_leases`].
+    pub leases_lost_ago: Vec<Duration>,
 }
 
 /// The answer to a renewal.
@@ -430,7 +432,8 @@ pub trait Store: Send + Sync + 'static {
     async fn document(&self, document: &DocumentId) -> Result<Option<DocumentRow>, StoreError>;
 
     /// Makes the process a member with a fresh lease, state Active (and the zone of the run before, unless it knows its own), and removes earlier runs of the same pod uid (their
-    /// slots become orphaned at once). Creates the slot rows when there are none.
+    /// slots become orphaned at once). An earlier run that is removed without having left has lost its lease, which is
+    /// remembered. Creates the slot rows when there are none.
     ///
     /// # Errors
     /// [`StoreError::Unusable`] when the cluster was created with another number of slots.
@@ -458,6 +461,10 @@ pub trait Store: Send + Sync + 'static {
         target: Uuid,
         age: Duration,
     ) -> Result<Judgement, StoreError>;
+
+    /// Remembers for [`LOST_LEASES_KEPT_FOR`](collab_core::limits::LOST_LEASES_KEPT_FOR) that the nodes of these incarnations
+    /// lost their leases, of those whose lease has ended. A lease that was lost counts once, however many say so.
+    async fn note_lost_leases(&self, incarnations: &[Uuid]) -> Result<(), StoreError>;
 
     /// Says what the member is doing (its own state only; a drain asked for by the operator is [`Store::set_drain`]).
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError>;
@@ -542,6 +549,10 @@ pub trait Store: Send + Sync + 'static {
         node: &NodeId,
         drain: bool,
     ) -> Result<Result<(), Term>, StoreError>;
+
+    /// Ends the lease of a member, as [`Store::end_lease`] does, by the word of the operator. `Err(current)` inside when the
+    /// term is too old.
+    async fn fence(&self, term: Term, incarnation: Uuid) -> Result<Result<(), Term>, StoreError>;
 
     /// Says in which zones nodes run. `Err(current)` inside when the term is too old.
     async fn set_zones(

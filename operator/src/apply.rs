@@ -4,7 +4,9 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash as _, Hasher as _};
 use std::time::{Duration, Instant};
 
-use collab_core::control::{DrainRequest, PinRequest, PlacementRequest, ZonesRequest};
+use collab_core::control::{
+    DrainRequest, FenceRequest, PinRequest, PlacementRequest, ZonesRequest,
+};
 use collab_core::ids::Term;
 use collab_crds::CollabCluster;
 use collab_crds::names::FIELD_MANAGER;
@@ -156,6 +158,18 @@ async fn perform(
             };
             ctx.control.pin(node, &request).await?;
             info!(cluster = %cluster.name_any(), document.id = %document, pin, "asked for a pin");
+            Ok(())
+        }
+        Action::Fence {
+            node: fenced,
+            incarnation,
+        } => {
+            let request = FenceRequest {
+                term: applied.memory.term.ok_or(Failure::NoTerm)?,
+                incarnation: *incarnation,
+            };
+            ctx.control.fence(node, &request).await?;
+            info!(cluster = %cluster.name_any(), node = %fenced, %incarnation, "ended the lease of a node");
             Ok(())
         }
         Action::Drain {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use collab_core::control::{
-    ClusterReport, DrainRequest, NodeLoad, PinRequest, PlacementRequest, TermGranted, TermRefused,
-    TermRequest, ZonesRequest,
+    ClusterReport, DrainRequest, FenceRequest, NodeLoad, PinRequest, PlacementRequest, TermGranted,
+    TermRefused, TermRequest, ZonesRequest,
 };
 use collab_core::ids::Term;
 use reqwest::{Client, Method, Response, StatusCode};
@@ -119,6 +119,16 @@ impl Control {
     /// When the node does not answer, or a newer term was granted.
     pub async fn drain(&self, node: Node<'_>, request: &DrainRequest) -> Result<(), ControlError> {
         self.call(node, Method::POST, "drain", Some(request))
+            .await?;
+        Ok(())
+    }
+
+    /// Ends the lease of a node.
+    ///
+    /// # Errors
+    /// As [`Control::drain`].
+    pub async fn fence(&self, node: Node<'_>, request: &FenceRequest) -> Result<(), ControlError> {
+        self.call(node, Method::POST, "fence", Some(request))
             .await?;
         Ok(())
     }

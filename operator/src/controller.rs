@@ -24,15 +24,17 @@ use kube::runtime::{WatchStreamExt as _, applier, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::admin::{Heartbeat, Metrics};
 use crate::apply::{ApplyError, apply};
 use crate::config::{Config, Images};
-use crate::control::Control;
+use crate::control::{Control, Node};
 use crate::model::{Memory, Plan};
 use crate::observe::{ObserveError, observe};
+use crate::plan::grey::grey;
 use crate::plan::plan;
 use crate::status;
 
@@ -48,6 +50,8 @@ const VISIT_SOON: Duration = Duration::from_secs(2);
 const VISIT_LOAD: Duration = Duration::from_secs(5);
 /// Between two passes when all is as it should be.
 const VISIT_LATER: Duration = Duration::from_secs(10);
+/// Between two questions to a node whether all of them hear each other.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Longest wait after a pass that failed.
 const BACKOFF_MAX: Duration = Duration::from_mins(1);
 
@@ -81,7 +85,7 @@ pub struct Context {
     /// Zone of each kube node, and when that was read.
     pub zones: Mutex<HashMap<String, (Option<String>, Instant)>>,
     /// The node that reported last, of each cluster.
-    pub last_reporters: Mutex<HashMap<Key, String>>,
+    pub last_reporters: Mutex<HashMap<Key, LastReporter>>,
 }
 
 impl Context {
@@ -153,6 +157,24 @@ impl Context {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         failures.remove(&self.key(cluster));
+    }
+}
+
+/// The node that answered last.
+#[derive(Clone)]
+pub struct LastReporter {
+    /// `host:port` of its internal listener.
+    pub address: String,
+    /// What it is asked with.
+    pub token: String,
+}
+
+impl LastReporter {
+    fn node(&self) -> Node<'_> {
+        Node {
+            address: &self.address,
+            token: &self.token,
+        }
     }
 }
 
@@ -293,6 +315,12 @@ async fn run_in(
     ));
     watches.spawn(watch_parts::<StatefulSet>(
         api(&ctx.client, namespace),
+        queue.clone(),
+    ));
+
+    watches.spawn(watch_nodes(
+        Arc::clone(&ctx),
+        namespace.map(ToOwned::to_owned),
         queue,
     ));
 
@@ -395,6 +423,38 @@ async fn watch_parts<K>(
             }
             Ok(_) => {}
             Err(error) => warn!(%error, kind = %K::kind(&()), "cannot watch parts of clusters"),
+        }
+    }
+}
+
+/// Names a cluster when the nodes of one say that they do not hear one of them that owns slots: that cannot wait for the
+/// next visit. Names it too when the node that is asked does not answer, so that another one is found.
+async fn watch_nodes(
+    ctx: Arc<Context>,
+    namespace: Option<String>,
+    queue: UnboundedSender<ObjectRef<CollabCluster>>,
+) {
+    let mut tick = tokio::time::interval(LOOK_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let reporters = ctx.last_reporters.lock().await.clone();
+        let ours = reporters
+            .into_iter()
+            .filter(|((of, _), _)| namespace.as_ref().is_none_or(|namespace| namespace == of));
+        let looks = ours.map(|(key, reporter)| {
+            let ctx = &ctx;
+            async move {
+                let report = ctx.control.report(reporter.node()).await;
+                if report.is_err() {
+                    ctx.last_reporters.lock().await.remove(&key);
+                }
+                let is_news = report.map_or(true, |report| !grey(&report).fence.is_empty());
+                is_news.then_some(key)
+            }
+        });
+        for (namespace, cluster) in futures::future::join_all(looks).await.into_iter().flatten() {
+            name(&queue, ObjectRef::new(&cluster).within(&namespace));
         }
     }
 }

@@ -12,6 +12,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
 use kube::api::ApiResource;
 use serde_json::Value;
+use uuid::Uuid;
 
 use crate::plan::pins::Hot;
 use crate::plan::rebalance::{Balance, Move, Rounds};
@@ -242,6 +243,13 @@ pub enum Action {
     },
     /// Ask for this placement.
     Place(Placement),
+    /// End the lease of a node that the others do not hear.
+    Fence {
+        /// The node.
+        node: NodeId,
+        /// This run of it.
+        incarnation: Uuid,
+    },
     /// Start the drain of a node, or take it back.
     Drain {
         /// The node.
@@ -305,6 +313,8 @@ pub struct Seen {
     pub members: BTreeMap<NodeId, MemberState>,
     /// Nodes that are registered, did not leave, and whose lease has ended.
     pub lost: BTreeSet<NodeId>,
+    /// Nodes that serve and are in quarantine.
+    pub quarantined: BTreeSet<NodeId>,
     /// Slots adopted so far.
     pub adoptions: u64,
     /// Whether the store answered.
@@ -410,6 +420,7 @@ impl fmt::Display for Action {
                 pin: false,
             } => write!(out, "unpin {document}"),
             Self::Place(placement) => write!(out, "place {placement}"),
+            Self::Fence { node, .. } => write!(out, "fence {node}"),
             Self::Drain { node, drain: true } => write!(out, "drain {node}"),
             Self::Drain { node, drain: false } => write!(out, "take back the drain of {node}"),
         }

@@ -18,7 +18,7 @@ use kube::{Api, ResourceExt as _, discovery};
 
 use crate::build;
 use crate::control::Node;
-use crate::controller::{Context, Key};
+use crate::controller::{Context, Key, LastReporter};
 use crate::model::{Credential, Credentials, Observed, PodMonitorView, PodView, SetView};
 
 /// Nodes that are asked for the report, one after the other, before a pass goes on without.
@@ -404,7 +404,8 @@ async fn report(ctx: &Context, key: &Key, observed: &mut Observed, token: &str) 
         .iter()
         .filter_map(|pod| {
             let address = format!("{}:{INTERNAL_PORT}", pod.ip.as_ref()?);
-            Some((last.as_ref() != Some(&address), !pod.ready, address))
+            let is_last = last.as_ref().is_some_and(|last| last.address == address);
+            Some((!is_last, !pod.ready, address))
         })
         .collect();
     asked.sort();
@@ -421,10 +422,13 @@ async fn report(ctx: &Context, key: &Key, observed: &mut Observed, token: &str) 
             .await
         {
             Ok(report) if is_whole(&report) => {
-                ctx.last_reporters
-                    .lock()
-                    .await
-                    .insert(key.clone(), address.clone());
+                ctx.last_reporters.lock().await.insert(
+                    key.clone(),
+                    LastReporter {
+                        address: address.clone(),
+                        token: token.to_owned(),
+                    },
+                );
                 observed.reporter = address;
                 observed.report = Some(report);
                 observed.silence.clear();

@@ -4,6 +4,7 @@
 //! The plan starts from the beginning each time. It may be made from old or partial observations:
 //! then it does less, and says what it waits for.
 
+pub mod grey;
 pub mod handoff;
 pub mod news;
 pub mod pins;
@@ -68,10 +69,13 @@ pub fn plan(
     let name = cluster.name_any();
     let rollout = rollout::rollout(Names(&name), scaling.desired, observed, now);
     let spec = &cluster.spec.placement;
+    let grey = observed.report.as_ref().map(grey::grey).unwrap_or_default();
+    let mut absent = rollout.leaving.clone();
+    absent.extend(grey.nodes.keys().cloned());
     let mut placement = observed
         .report
         .as_ref()
-        .and_then(|report| handoff::placement(report, &rollout.leaving, spec));
+        .and_then(|report| handoff::placement(report, &absent, spec));
     // While pods come and go, the load says little of what it will be; and a node of an older version knows no pins.
     let held = rollout.rolling_out || !rollout.leaving.is_empty();
     let loads = rebalance::slot_loads(observed).ok();
@@ -100,12 +104,24 @@ pub fn plan(
     {
         actions.push(Action::Place(placement.clone()));
     }
+    // Not before the placement: a node that was fenced comes back as another, to be given nothing.
+    actions.extend(grey.actions());
+    let quarantine_waits = observed.report.as_ref().map(handoff::quarantine_waits);
+    let quarantine_waits = quarantine_waits.unwrap_or_default();
     let mut news = news;
     news.extend(hot.news);
     news.extend(told_of(&balance));
+    news.extend(grey.news());
     let mut plan = Plan {
         actions,
-        waits: [rollout.waits, hot.waits, balance.waits].concat(),
+        waits: [
+            rollout.waits,
+            quarantine_waits,
+            grey.waits,
+            hot.waits,
+            balance.waits,
+        ]
+        .concat(),
         news,
         scaling,
         placement,
@@ -248,7 +264,7 @@ fn load(observed: &Observed, had: i32) -> Option<Load> {
             .members
             .iter()
             .filter(|member| member.live && member.load_age_ms <= SAMPLE_FRESH_MS)
-            .filter_map(|member| Some((member, member.load?)))
+            .filter_map(|member| Some((member, member.load.as_ref()?)))
     };
     let connections = fresh().map(|(_, load)| u64::from(load.connections)).sum();
     let active = active_nodes(report);

@@ -20,6 +20,7 @@ use serde_json::json;
 use crate::config::Images;
 use crate::controller::Context;
 use crate::model::{Applied, Observed, Plan, PodMonitorView, SetView};
+use crate::plan::handoff;
 
 /// Between two writes of a status, unless readiness changed.
 const WRITE_EVERY: Duration = Duration::from_secs(5);
@@ -134,11 +135,14 @@ fn nodes(names: Names<'_>, observed: &Observed, plan: &Plan) -> NodesStatus {
         .iter()
         .filter(|member| member.live && member.state == MemberState::Draining)
         .count();
+    let quarantined = observed.report.as_ref().map(handoff::quarantined);
+    let quarantined = quarantined.unwrap_or_default();
     NodesStatus {
         desired: plan.scaling.desired,
         replicas: count(observed.pods.len()),
         ready: count(observed.pods.iter().filter(|pod| pod.ready).count()),
         draining: count(draining),
+        quarantined: count(quarantined.len()),
         selector: names.node_selector_text(),
         zones: zones(observed),
     }
@@ -190,7 +194,7 @@ fn load(observed: &Observed, plan: &Plan) -> LoadStatus {
         .members()
         .iter()
         .filter(|member| member.live)
-        .filter_map(|member| member.load)
+        .filter_map(|member| member.load.as_ref())
         .collect();
     let connections: i64 = loads.iter().map(|load| i64::from(load.connections)).sum();
     let busiest = loads
@@ -464,6 +468,11 @@ impl View<'_> {
                 reason::NO_NODE_ANSWERS,
                 format!("the kube node of {} is silent", pod.name),
             );
+        }
+        if let Some(report) = &observed.report
+            && let Some(waits) = handoff::quarantine_waits(report).into_iter().next()
+        {
+            return yes(reason::NODE_QUARANTINED, format!("waits {waits}"));
         }
         if let Some((pod, trouble)) = observed
             .pods

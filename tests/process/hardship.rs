@@ -129,6 +129,7 @@ async fn a_damaged_document_is_read_only_up_to_the_damage_until_it_is_repaired()
             .until("the report has the damage", |report| {
                 report.members[0]
                     .load
+                    .as_ref()
                     .is_some_and(|load| load.degraded == 2)
             })
             .await?;
@@ -161,6 +162,7 @@ async fn a_damaged_document_is_read_only_up_to_the_damage_until_it_is_repaired()
         .until("the report has less damage", |report| {
             report.members[0]
                 .load
+                .as_ref()
                 .is_some_and(|load| load.degraded == 1)
         })
         .await?;

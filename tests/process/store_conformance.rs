@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use collab_core::control::{LoadSample, MemberState};
+use collab_core::control::{LoadSample, MemberState, Silence};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_node::store::memory::{Database, Harm};
 use collab_node::store::postgres::Postgres;

@@ -471,6 +471,14 @@ impl Store for Sessions {
         .await
     }
 
+    async fn note_lost_leases(&self, incarnations: &[Uuid]) -> Result<(), StoreError> {
+        let incarnations = incarnations.to_vec();
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.note_lost_leases(&incarnations).await
+        })
+        .await
+    }
+
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
         self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
             memory.set_state(incarnation, state).await
@@ -611,6 +619,13 @@ impl Store for Sessions {
         let document = document.clone();
         self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
             memory.unpin(term, &document, slot).await
+        })
+        .await
+    }
+
+    async fn fence(&self, term: Term, incarnation: Uuid) -> Result<Result<(), Term>, StoreError> {
+        self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
+            memory.fence(term, incarnation).await
         })
         .await
     }

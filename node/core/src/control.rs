@@ -13,6 +13,7 @@
 //! | `POST /control/v1/drain` | [`DrainRequest`] | 204, or 409 [`TermRefused`] |
 //! | `PUT /control/v1/zones` | [`ZonesRequest`] | 204, or 409 [`TermRefused`] |
 //! | `POST /control/v1/pin` | [`PinRequest`] | 204, or 409 [`TermRefused`] |
+//! | `POST /control/v1/fence` | [`FenceRequest`] | 204, or 409 [`TermRefused`] |
 //!
 //! Every change names a [`Term`]; a term older than the newest granted one is refused with 409, so
 //! an operator that lost its leadership cannot undo what its successor did.
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::ids::{DocumentId, NodeId, Slot, Term};
+use crate::quarantine::Quarantine;
 
 /// The cluster as one node sees it in the store, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +110,9 @@ pub struct MemberReport {
     pub load: Option<LoadSample>,
     /// Age of that sample in milliseconds.
     pub load_age_ms: u64,
+    /// Set while its node is given few slots or none, because it lost its lease too often.
+    #[serde(default)]
+    pub quarantine: Option<Quarantine>,
 }
 
 /// What a member is doing.
@@ -141,7 +146,7 @@ impl MemberState {
 }
 
 /// The load of one node, sampled when it renews its lease.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LoadSample {
     /// Client sockets that are open on this node's edge.
@@ -153,6 +158,19 @@ pub struct LoadSample {
     pub degraded: u32,
     /// Resident memory of the process in bytes.
     pub resident_bytes: u64,
+    /// Other members whose lease goes on and whom this node does not hear.
+    #[serde(default)]
+    pub silences: Vec<Silence>,
+}
+
+/// A member that another one does not hear.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Silence {
+    /// The member that is not heard.
+    pub node: NodeId,
+    /// For how many milliseconds, at least [`crate::limits::SILENT_AFTER`].
+    pub ms: u64,
 }
 
 /// What one node owns and how busy that is.
@@ -285,6 +303,16 @@ pub struct DrainRequest {
     pub node: NodeId,
     /// `false` takes a drain back.
     pub drain: bool,
+}
+
+/// Ends the lease of a member, whose slots others then adopt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FenceRequest {
+    /// The term the operator acts under.
+    pub term: Term,
+    /// The run of the node. Its process goes on as a new one, without slots.
+    pub incarnation: Uuid,
 }
 
 /// Gives a document a slot of its own, or takes it back.

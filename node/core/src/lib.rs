@@ -11,6 +11,7 @@ pub mod document;
 pub mod ids;
 pub mod limits;
 pub mod mutants;
+pub mod quarantine;
 pub mod ring;
 pub mod scan;
 pub mod wire;

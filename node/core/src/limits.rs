@@ -131,6 +131,22 @@ pub const ADOPTION_STAGGER: Duration = Duration::from_millis(150);
 pub const EARLY_FENCE_AGE: Duration = Duration::from_millis(600);
 /// Between two early fences by one member: who believes that everybody is gone is probably alone itself.
 pub const EARLY_FENCE_EVERY: Duration = Duration::from_secs(10);
+/// A member that was not heard for this long is told of with the next renewal: see [`crate::control::Silence`].
+pub const SILENT_AFTER: Duration = Duration::from_secs(2);
+/// Losing so many leases within [`FLAPPING_WITHIN`] puts a node into quarantine.
+pub const FLAPPING_LEASES: u32 = 3;
+/// See [`FLAPPING_LEASES`].
+pub const FLAPPING_WITHIN: Duration = Duration::from_mins(10);
+/// How long a flapping node is given no slots at first; each lost lease more doubles it.
+pub const QUARANTINE_MIN: Duration = Duration::from_secs(30);
+/// The longest time that a flapping node is given no slots after a lost lease.
+pub const QUARANTINE_MAX: Duration = Duration::from_mins(10);
+/// Between two steps in which a node gets its share back after a quarantine.
+pub const REFILL_STEP: Duration = Duration::from_secs(15);
+/// Steps until it has its whole share.
+pub const REFILL_STEPS: u32 = 4;
+/// Lost leases older than this are forgotten.
+pub const LOST_LEASES_KEPT_FOR: Duration = Duration::from_mins(30);
 /// Between two looks at the map.
 pub const MAP_POLL_EVERY: Duration = Duration::from_millis(250);
 /// How long a claim waits for a slot's row before it ends the sessions of the fenced owner.
@@ -169,6 +185,13 @@ const _: () =
 const _: () = assert!(LEASE.as_millis() + 1_000 <= ADOPT_AFTER_FAILOVER.as_millis());
 // By then others have adopted what it owned.
 const _: () = assert!(LEASE.as_millis() * 2 < ISOLATED_AFTER.as_millis());
+// Else the losses that a quarantine rests on would be forgotten before its end.
+const _: () = assert!(
+    FLAPPING_WITHIN.as_secs()
+        + QUARANTINE_MAX.as_secs()
+        + REFILL_STEP.as_secs() * (REFILL_STEPS as u64)
+        < LOST_LEASES_KEPT_FOR.as_secs()
+);
 // A member that lives and reaches the store is never fenced early; and early it must be.
 const _: () = assert!(LEASE_RENEW_EVERY.as_millis() < EARLY_FENCE_AGE.as_millis());
 const _: () = assert!(EARLY_FENCE_AGE.as_millis() * 2 < LEASE.as_millis());

@@ -14,7 +14,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
-use collab_core::limits::{ADOPT_AFTER_STEADY, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT};
+use collab_core::limits::{
+    ADOPT_AFTER_STEADY, LOST_LEASES_KEPT_FOR, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
+};
 use collab_core::mutants::Mutant;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -70,6 +72,8 @@ struct Rows {
     /// The documents of virtual slots.
     pins: BTreeMap<Slot, DocumentId>,
     members: BTreeMap<Uuid, MemberRecord>,
+    /// Node and time of each lost lease, by incarnation and time of its last renewal.
+    lost_leases: BTreeMap<(Uuid, Instant), (NodeId, Instant)>,
     documents: BTreeMap<DocumentId, DocumentRecord>,
     placement: Placement,
     term: Term,
@@ -499,6 +503,17 @@ impl Rows {
         {
             member.zone.clone_from(&before.registration.zone);
         }
+        let lost: Vec<Uuid> = self
+            .members
+            .iter()
+            .filter(|(incarnation, known)| {
+                let same_pod = known.registration.pod_uid == member.pod_uid;
+                let replaced = known.registration.node == member.node && known.lease_end < now;
+                **incarnation != member.incarnation && (same_pod || replaced)
+            })
+            .map(|(incarnation, _)| *incarnation)
+            .collect();
+        self.lose_leases(&lost, now);
         let forgotten = now.checked_sub(Duration::from_hours(1));
         self.members.retain(|_, known| {
             let same_pod = known.registration.pod_uid == member.pod_uid;
@@ -518,6 +533,32 @@ impl Rows {
         self.members.insert(record.registration.incarnation, record);
     }
 
+    fn lose_leases(&mut self, incarnations: &[Uuid], now: Instant) {
+        self.lost_leases
+            .retain(|_, (_, at)| now.saturating_duration_since(*at) < LOST_LEASES_KEPT_FOR);
+        for incarnation in incarnations {
+            let known = self.members.get(incarnation);
+            let Some(known) = known.filter(|known| known.state != MemberState::Drained) else {
+                continue;
+            };
+            let loss = (known.registration.node.clone(), now);
+            self.lost_leases
+                .entry((*incarnation, known.renewed_at))
+                .or_insert(loss);
+        }
+    }
+
+    /// How long ago a node lost leases, the last one first.
+    fn leases_lost_ago(&self, node: &NodeId, now: Instant) -> Vec<Duration> {
+        let losses = self.lost_leases.values().filter(|(of, _)| of == node);
+        let mut ago: Vec<Duration> = losses
+            .map(|(_, at)| now.saturating_duration_since(*at))
+            .filter(|ago| *ago < LOST_LEASES_KEPT_FOR)
+            .collect();
+        ago.sort_unstable();
+        ago
+    }
+
     /// Every member, in order of node name and incarnation.
     fn members(&self, now: Instant) -> Vec<Member> {
         let mut members: Vec<Member> = self
@@ -533,6 +574,7 @@ impl Rows {
                     weight,
                 } = member.registration.clone();
                 Member {
+                    leases_lost_ago: self.leases_lost_ago(&node, now),
                     node,
                     incarnation,
                     pod_uid,
@@ -541,7 +583,7 @@ impl Rows {
                     weight,
                     state: member.state,
                     lease_left: member.lease_end.saturating_duration_since(now),
-                    load: member.load,
+                    load: member.load.clone(),
                     load_age: now.saturating_duration_since(member.renewed_at),
                 }
             })
@@ -891,7 +933,7 @@ impl Store for Memory {
     ) -> Result<Renewal, StoreError> {
         let renewed = self
             .database
-            .write(move |rows, now| rows.renew(incarnation, now + lease, load, now));
+            .write(move |rows, now| rows.renew(incarnation, now + lease, load.clone(), now));
         let timeline = format!("{:08X}", self.database.timeline());
         if let Some((members, placement_version)) = renewed {
             return Ok(Renewal::Renewed(Renewed {
@@ -926,6 +968,16 @@ impl Store for Memory {
             self.database.members_changed.notify_waiters();
         }
         Ok(judgement)
+    }
+
+    async fn note_lost_leases(&self, incarnations: &[Uuid]) -> Result<(), StoreError> {
+        let incarnations = incarnations.to_vec();
+        self.database.write(move |rows, now| {
+            let ended = |incarnation: &Uuid| !rows.lives(*incarnation, now);
+            let lost: Vec<Uuid> = incarnations.iter().copied().filter(ended).collect();
+            rows.lose_leases(&lost, now);
+        });
+        Ok(())
     }
 
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
@@ -1096,6 +1148,19 @@ impl Store for Memory {
             }
             Ok(())
         }))
+    }
+
+    async fn fence(&self, term: Term, incarnation: Uuid) -> Result<Result<(), Term>, StoreError> {
+        let fenced = self.database.write(move |rows, now| {
+            rows.grant(term)?;
+            if let Some(member) = rows.members.get_mut(&incarnation) {
+                member.fenced = true;
+                member.lease_end = member.lease_end.min(now);
+            }
+            Ok(())
+        });
+        self.database.members_changed.notify_waiters();
+        Ok(fenced)
     }
 
     async fn set_zones(

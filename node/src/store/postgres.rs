@@ -22,7 +22,7 @@ use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_core::limits::{
-    ADOPT_AFTER_STEADY, CLAIM_LOCK_TIMEOUT, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
+    ADOPT_AFTER_STEADY, CLAIM_LOCK_TIMEOUT, LOST_LEASES_KEPT_FOR, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
 use sqlx::error::DatabaseError;
 use sqlx::pool::PoolConnection;
@@ -836,6 +836,14 @@ impl Store for Postgres {
             "with gone as (
                delete from member where pod_uid <> $2
                  and (lease_end < clock_timestamp() - interval '1 hour' or node = $3 and lease_end < clock_timestamp())
+             ), forgotten as (
+               delete from lost_lease where lost_at < clock_timestamp() - $9 * interval '1 ms'
+             ), lost as (
+               insert into lost_lease (node, incarnation, renewed_at)
+               select node, incarnation, renewed_at from member
+               where incarnation <> $1 and state <> $10
+                 and (pod_uid = $2 or node = $3 and lease_end < clock_timestamp())
+               on conflict do nothing
              )
              insert into member (incarnation, pod_uid, node, address, zone, weight, state, lease_end, renewed_at)
              values ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() + $8 * interval '1 ms', clock_timestamp())
@@ -853,7 +861,9 @@ impl Store for Postgres {
         .bind(&member.zone)
         .bind(i32::try_from(member.weight).map_err(StoreError::unusable)?)
         .bind(MemberState::Active.as_str())
-        .bind(millis(lease)?);
+        .bind(millis(lease)?)
+        .bind(millis(LOST_LEASES_KEPT_FOR)?)
+        .bind(MemberState::Drained.as_str());
         self.run(&self.control, CONTROL_TIMEOUT, query)
             .await
             .map(drop)
@@ -879,14 +889,19 @@ impl Store for Postgres {
              select node, incarnation, pod_uid, address, zone, weight, state, load,
                greatest(0, extract(epoch from lease_end - clock_timestamp()) * 1000)::bigint,
                greatest(0, extract(epoch from clock_timestamp() - renewed_at) * 1000)::bigint, placement_version,
-               incarnation = $1 and not fenced, pod_uid = $4 and incarnation <> $1
+               incarnation = $1 and not fenced, pod_uid = $4 and incarnation <> $1,
+               array(
+                 select (extract(epoch from clock_timestamp() - l.lost_at) * 1000)::bigint from lost_lease l
+                 where l.node = everybody.node and clock_timestamp() - l.lost_at < $6 * interval '1 ms' order by 1
+               )
              from everybody cross join control order by node, incarnation",
         )
         .bind(incarnation)
         .bind(millis(lease)?)
         .bind(Json(load))
         .bind(pod_uid)
-        .bind(millis(RENEWAL_GAP_MAX)?);
+        .bind(millis(RENEWAL_GAP_MAX)?)
+        .bind(millis(LOST_LEASES_KEPT_FOR)?);
         let rows = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
         let any = |column| {
             rows.iter().try_fold(false, |any, row| {
@@ -951,6 +966,20 @@ impl Store for Postgres {
         }
         let age = u64::try_from(get::<i64>(row, 0)?.max(0)).map_err(StoreError::unusable)?;
         Ok(Judgement::Fresh(Duration::from_millis(age)))
+    }
+
+    async fn note_lost_leases(&self, incarnations: &[Uuid]) -> Result<(), StoreError> {
+        let query = sqlx::query(
+            "insert into lost_lease (node, incarnation, renewed_at)
+             select node, incarnation, renewed_at from member
+             where incarnation = any($1) and lease_end <= clock_timestamp() and state <> $2
+             on conflict do nothing",
+        )
+        .bind(incarnations)
+        .bind(MemberState::Drained.as_str());
+        self.run(&self.control, CONTROL_TIMEOUT, query)
+            .await
+            .map(drop)
     }
 
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
@@ -1196,6 +1225,21 @@ impl Store for Postgres {
         .bind(drain)
         .bind(MemberState::Draining.as_str())
         .bind(MemberState::Active.as_str());
+        granted(&self.run_one(&self.control, CONTROL_TIMEOUT, query).await?)
+    }
+
+    async fn fence(&self, term: Term, incarnation: Uuid) -> Result<Result<(), Term>, StoreError> {
+        let query = sqlx::query(
+            "with granted as (
+               update control set term = $1 where term <= $1 returning term
+             ), ended as (
+               update member set fenced = true, lease_end = least(lease_end, clock_timestamp())
+               from granted where incarnation = $2 returning pg_notify('collab_members', '')
+             )
+             select exists (select from granted), term, (select count(*) from ended) from control",
+        )
+        .bind(term.0)
+        .bind(incarnation);
         granted(&self.run_one(&self.control, CONTROL_TIMEOUT, query).await?)
     }
 
@@ -1468,11 +1512,12 @@ fn document_row(row: &PgRow) -> Result<DocumentRow, StoreError> {
 fn member_row(row: &PgRow) -> Result<Member, StoreError> {
     let state: &str = get(row, 6)?;
     let load: Option<Json<LoadSample>> = get(row, 7)?;
-    let duration = |column| {
+    let millis = |number: i64| {
         Ok(Duration::from_millis(
-            u64::try_from(get::<i64>(row, column)?).map_err(StoreError::unusable)?,
+            u64::try_from(number).map_err(StoreError::unusable)?,
         ))
     };
+    let duration = |column| millis(get(row, column)?);
     Ok(Member {
         node: NodeId(get(row, 0)?),
         incarnation: get(row, 1)?,
@@ -1485,6 +1530,10 @@ fn member_row(row: &PgRow) -> Result<Member, StoreError> {
         lease_left: duration(8)?,
         load: load.map(|Json(load)| load),
         load_age: duration(9)?,
+        leases_lost_ago: get::<Vec<i64>>(row, 13)?
+            .into_iter()
+            .map(|ago| millis(ago.max(0)))
+            .collect::<Result<_, _>>()?,
     })
 }
 

@@ -432,6 +432,7 @@ impl Store for Sqlite {
             lease_left: lease,
             load: None,
             load_age: Duration::ZERO,
+            leases_lost_ago: Vec::new(),
         });
         Ok(())
     }
@@ -466,6 +467,10 @@ impl Store for Sqlite {
         _age: Duration,
     ) -> Result<Judgement, StoreError> {
         Ok(Judgement::Void) // there is no other member
+    }
+
+    async fn note_lost_leases(&self, _incarnations: &[Uuid]) -> Result<(), StoreError> {
+        Ok(()) // nor one that would have lost its lease
     }
 
     async fn set_state(&self, incarnation: Uuid, state: MemberState) -> Result<(), StoreError> {
@@ -707,6 +712,13 @@ impl Store for Sqlite {
             };
         }
         Ok(Ok(()))
+    }
+
+    async fn fence(&self, term: Term, _incarnation: Uuid) -> Result<Result<(), Term>, StoreError> {
+        let mut write = self.write().await?;
+        let granted = grant(&mut write, term).await?;
+        write.commit().await.map_err(failed)?;
+        Ok(granted) // there is nobody who would take its slots
     }
 
     async fn set_zones(

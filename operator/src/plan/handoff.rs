@@ -1,10 +1,11 @@
 //! Which node is to own which slot, and how far a node is with handing its slots over.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use collab_core::control::{ClusterReport, MemberReport, MemberState, PinPlacement};
 use collab_core::ids::NodeId;
-use collab_core::ring::{Ring, RingNode, plain_placement, plan_placement};
+use collab_core::quarantine::Quarantine;
+use collab_core::ring::{Ring, RingNode, WEIGHT_NORMAL, plain_placement, plan_placement};
 use collab_crds::collabcluster::{PlacementPolicy, PlacementSpec};
 use sha2::{Digest as _, Sha256};
 
@@ -78,6 +79,28 @@ pub fn active_nodes(report: &ClusterReport) -> BTreeSet<NodeId> {
         .collect()
 }
 
+/// The serving nodes that are in quarantine.
+pub fn quarantined(report: &ClusterReport) -> BTreeMap<NodeId, Quarantine> {
+    let serving = report
+        .members
+        .iter()
+        .filter(|member| member.live && member.state == MemberState::Active);
+    serving
+        .filter_map(|member| Some((member.node.clone(), member.quarantine?)))
+        .collect()
+}
+
+/// What is waited for because of those.
+pub fn quarantine_waits(report: &ClusterReport) -> Vec<String> {
+    let quarantined = quarantined(report).into_iter();
+    quarantined
+        .map(|(node, quarantine)| {
+            let (lost, share) = (quarantine.leases_lost, quarantine.share_percent);
+            format!("for {node} to keep its lease, which it lost {lost} times: it is given {share} % of its share")
+        })
+        .collect()
+}
+
 /// The placement over the serving nodes less those that are `leaving`; `None` when none is left.
 ///
 /// It goes on from the placement in force, not from who owns what at the moment, which changes while slots are
@@ -88,13 +111,26 @@ pub fn placement(
     leaving: &BTreeSet<NodeId>,
     spec: &PlacementSpec,
 ) -> Option<Placement> {
-    let staying = active_nodes(report)
+    let quarantined = quarantined(report);
+    let weight = |node: &NodeId| {
+        let quarantine = quarantined.get(node);
+        quarantine.map_or(WEIGHT_NORMAL, |quarantine| quarantine.of(WEIGHT_NORMAL))
+    };
+    let mut staying: Vec<RingNode> = active_nodes(report)
         .into_iter()
         .filter(|node| !leaving.contains(node))
         .map(|name| RingNode {
             zone: zone(report, &name),
-            ..RingNode::normal(name)
-        });
+            weight: weight(&name),
+            name,
+        })
+        .collect();
+    if staying.iter().all(|node| node.weight == 0) {
+        // Whoever is left carries it all.
+        for node in &mut staying {
+            node.weight = WEIGHT_NORMAL;
+        }
+    }
     let ring = Ring::new(staying, report.slots);
     if ring.nodes().is_empty() {
         return None;
@@ -111,7 +147,12 @@ pub fn placement(
     let slots = match spec.policy {
         PlacementPolicy::Ring => plain_placement(&ring),
         PlacementPolicy::BoundedLoad => {
-            let most = u32::try_from(spec.max_load_percent).unwrap_or(100);
+            // A node whose share grows again gets it from whoever has more than its own.
+            let most = if quarantined.is_empty() {
+                u32::try_from(spec.max_load_percent).unwrap_or(100)
+            } else {
+                100
+            };
             plan_placement(&ring, &planned, &current, most)
         }
     };

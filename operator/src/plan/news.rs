@@ -6,6 +6,7 @@ use collab_core::control::{ClusterReport, MemberState};
 use collab_core::ids::NodeId;
 
 use crate::model::{Gravity, News, Seen};
+use crate::plan::handoff;
 
 /// What is seen now.
 pub fn see(report: &ClusterReport) -> Seen {
@@ -27,6 +28,7 @@ pub fn see(report: &ClusterReport) -> Seen {
     Seen {
         members,
         lost,
+        quarantined: handoff::quarantined(report).into_keys().collect(),
         adoptions: report.adoptions,
         store: true,
     }
@@ -117,7 +119,33 @@ pub fn between(before: Option<&Seen>, after: &Seen) -> Vec<News> {
             format!("{adopted} slots were adopted after a loss"),
         );
     }
+    news.extend(of_quarantine(before, after));
     news
+}
+
+fn of_quarantine(before: &Seen, after: &Seen) -> Vec<News> {
+    let tell = |gravity, reason, node: &NodeId, note| News {
+        gravity,
+        reason,
+        action: "Quarantine",
+        node: Some(node.clone()),
+        note,
+    };
+    let began = after.quarantined.difference(&before.quarantined);
+    let began = began.map(|node| {
+        let note = format!(
+            "node {node} loses its lease again and again; it is given no slots for a while"
+        );
+        tell(Gravity::Warning, "NodeQuarantined", node, note)
+    });
+    let ended = before.quarantined.difference(&after.quarantined);
+    let ended = ended.filter(|node| after.members.contains_key(*node));
+    let ended = ended.map(|node| {
+        let note =
+            format!("node {node} has kept its lease and has its whole share of the slots again");
+        tell(Gravity::Normal, "NodeReturned", node, note)
+    });
+    began.chain(ended).collect()
 }
 
 /// Whether a node was lost on that way: then people may soon come back, and no node is removed.

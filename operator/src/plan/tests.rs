@@ -1,11 +1,14 @@
 //! Each test is a script: what is seen, and the plan as text. Most compare only what is done about
 //! nodes; `the_first_plan` shows a whole one.
 
+use std::collections::BTreeMap;
+
 use collab_core::control::{
     Activity, ClusterReport, DocumentLoad, LoadSample, MemberReport, MemberState, NodeLoad,
-    PinReport, SlotLoad, StoreReport,
+    PinReport, Silence, SlotLoad, StoreReport,
 };
 use collab_core::ids::{DocumentId, NodeId, Slot, Term};
+use collab_core::quarantine::Quarantine;
 use collab_crds::CollabCluster;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
@@ -124,6 +127,46 @@ fn a_lost_node_is_removed_only_when_its_slots_are_adopted() {
         replicas(&look(&dev(2), &world.observed(), &mut Memory::default())),
         2
     );
+}
+
+#[test]
+fn a_flapping_node_is_given_nothing_and_then_its_share_little_by_little() {
+    let mut memory = Memory::default();
+    let mut world = World::reached(&["Active", "Active", "Active"]);
+    let mut told = String::new();
+    look(&dev(3), &world.observed(), &mut memory);
+    for share in [Some(0), Some(25), Some(50), Some(75), Some(100), None] {
+        world.quarantined = share.map(|share| (1, share)).into_iter().collect();
+        let plan = look(&dev(3), &world.observed(), &mut memory);
+        world.accept(&plan);
+        world.arrive();
+        let what = share.map_or_else(
+            || "demo-node-1 is as good as any".to_owned(),
+            |share| format!("demo-node-1 is given {share} %"),
+        );
+        note(&mut told, &what, &nodes_only(&plan));
+    }
+    insta::assert_snapshot!(told);
+}
+
+#[test]
+fn a_node_that_the_others_do_not_hear_is_fenced_and_given_nothing_until_they_do() {
+    let mut memory = Memory::default();
+    let mut world = World::reached(&["Active", "Active", "Active"]);
+    let mut told = String::new();
+    look(&dev(3), &world.observed(), &mut memory);
+    for (what, unheard) in [
+        ("nobody hears demo-node-1", Some(1)),
+        ("its slots were adopted", Some(1)),
+        ("it is heard again", None),
+    ] {
+        world.unheard = unheard;
+        let plan = look(&dev(3), &world.observed(), &mut memory);
+        world.accept(&plan);
+        world.arrive();
+        note(&mut told, what, &nodes_only(&plan));
+    }
+    insta::assert_snapshot!(told);
 }
 
 #[test]
@@ -591,6 +634,10 @@ struct World {
     documents: Vec<(&'static str, u32)>,
     /// So many nodes tell their load.
     tell_loads: usize,
+    /// Nodes in quarantine, with the share that they are given, in percent.
+    quarantined: BTreeMap<usize, u32>,
+    /// The node that no other one hears.
+    unheard: Option<usize>,
 }
 
 impl World {
@@ -608,6 +655,8 @@ impl World {
             slot_loads: Vec::new(),
             documents: Vec::new(),
             tell_loads: nodes.len(),
+            quarantined: BTreeMap::new(),
+            unheard: None,
         }
     }
 
@@ -634,9 +683,17 @@ impl World {
         for action in &plan.actions {
             match action {
                 Action::Place(placement) => {
-                    self.planned = placement.slots.iter().copied().map(Some).collect();
+                    let named = |index: u16| {
+                        let name = &placement.nodes[usize::from(index)].0;
+                        name.rsplit('-').next().unwrap().parse::<u16>().unwrap()
+                    };
+                    self.planned = placement
+                        .slots
+                        .iter()
+                        .map(|index| Some(named(*index)))
+                        .collect();
                     for (pin, place) in self.pins.iter_mut().zip(&placement.pins) {
-                        pin.1 = place.node;
+                        pin.1 = named(place.node);
                     }
                 }
                 Action::Pin {
@@ -763,9 +820,26 @@ impl World {
                 slots_owned: 0,
                 load: Some(LoadSample {
                     connections: if ordinal == 0 { self.connections } else { 0 },
+                    silences: self
+                        .unheard
+                        .filter(|unheard| *unheard != ordinal)
+                        .map(|unheard| Silence {
+                            node: NodeId(format!("demo-node-{unheard}")),
+                            ms: 3_100,
+                        })
+                        .into_iter()
+                        .collect(),
                     ..LoadSample::default()
                 }),
                 load_age_ms: 300,
+                quarantine: self
+                    .quarantined
+                    .get(&ordinal)
+                    .map(|share_percent| Quarantine {
+                        leases_lost: 3,
+                        share_percent: *share_percent,
+                        next_step_ms: 1_000,
+                    }),
             })
             .collect();
         let may_own: Vec<u16> = (0..)

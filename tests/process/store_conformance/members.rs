@@ -115,11 +115,15 @@ async fn a_superseded_process_is_no_member(bench: Bench) {
         documents: 3,
         degraded: 1,
         resident_bytes: 1 << 40,
+        silences: vec![Silence {
+            node: NodeId::from("node-1"),
+            ms: 2_000,
+        }],
     };
     let renewed = held(
         bench
             .store
-            .renew(old.incarnation, &old.pod_uid, LEASE, load)
+            .renew(old.incarnation, &old.pod_uid, LEASE, load.clone())
             .await
             .unwrap(),
     );
@@ -127,7 +131,7 @@ async fn a_superseded_process_is_no_member(bench: Bench) {
         panic!("{renewed:?}")
     };
     assert_eq!(
-        (member.incarnation, member.load, member.state),
+        (member.incarnation, member.load.clone(), member.state),
         (old.incarnation, Some(load), MemberState::Active)
     );
     assert!(
@@ -353,6 +357,71 @@ async fn an_ended_lease_gives_slots_away_until_it_is_renewed(bench: Bench) {
         "what nobody took is its own again"
     );
     assert_eq!(bench.store.summary().await.unwrap().adoptions, 1);
+}
+
+/// A lease is lost when its run is followed by another without having left, and when others took the slots after its
+/// end; each counts once.
+#[tokio::test]
+async fn lost_leases_are_remembered_once_each() {
+    let bench = Bench::postgres().await;
+    let (a, b) = (bench.owner().await, bench.node("node-1").await);
+    let lost = async |who: &Node| {
+        let renewed = bench.renewed(&a).await;
+        let mut members = renewed.members.into_iter();
+        let member = members.find(|member| member.node == who.name);
+        member.map(|member| member.leases_lost_ago.len())
+    };
+    bench
+        .store
+        .note_lost_leases(&[b.incarnation])
+        .await
+        .unwrap();
+    assert_eq!(lost(&b).await, Some(0), "its lease goes on");
+
+    let short = Duration::from_millis(50);
+    bench
+        .store
+        .renew(b.incarnation, &b.pod_uid, short, LoadSample::default())
+        .await
+        .unwrap();
+    tokio::time::sleep(short + Duration::from_millis(10)).await;
+    for _ in 0..2 {
+        bench
+            .store
+            .note_lost_leases(&[b.incarnation])
+            .await
+            .unwrap();
+    }
+    assert_eq!(lost(&b).await, Some(1));
+    let next = bench.succeed(&b, &[]).await;
+    assert_eq!(lost(&next).await, Some(1), "that was known");
+    let third = bench.succeed(&next, &[]).await;
+    assert_eq!(lost(&third).await, Some(2), "it had not left");
+
+    bench.store.leave(third.incarnation).await.unwrap();
+    let fourth = bench.node("node-1").await;
+    assert_eq!(lost(&fourth).await, Some(2), "it had left");
+    bench.set_state(&fourth, MemberState::Drained).await;
+    let fifth = bench.succeed(&fourth, &[]).await;
+    assert_eq!(lost(&fifth).await, Some(2), "there was nothing to lose");
+    assert_eq!(lost(&a).await, Some(0));
+}
+
+#[tokio::test]
+async fn an_operator_ends_a_lease_under_its_term() {
+    let bench = Bench::postgres().await;
+    let (a, b) = (bench.owner().await, bench.node("node-1").await);
+    bench.hand_off(&[a.right(1)], b.incarnation).await;
+    let old = bench.store.take_term("old").await.unwrap();
+    let new = bench.store.take_term("new").await.unwrap();
+    assert_eq!(
+        bench.store.fence(old, b.incarnation).await.unwrap(),
+        Err(new)
+    );
+    assert_eq!(bench.claim(&a, &[Slot(1)]).await, [], "nothing has changed");
+    assert_eq!(bench.store.fence(new, b.incarnation).await.unwrap(), Ok(()));
+    assert!(matches!(bench.renew(&b).await, Renewal::Fenced));
+    assert_eq!(bench.claim(&a, &[Slot(1)]).await, [(Slot(1), Epoch(3))]);
 }
 
 const AGE: Duration = Duration::from_millis(150);
