@@ -25,6 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use crate::bus::{Bus, CachedSnapshot};
 use crate::log::{Log, LogEvent};
 use crate::members::Members;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::store::{
     Append, Content, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store,
@@ -163,6 +164,7 @@ pub struct Documents {
     members: Arc<Members>,
     log: Log,
     bus: Arc<dyn Bus>,
+    memory: Memory,
     metrics: Metrics,
     tasks: Tasks,
     open: Mutex<Open>,
@@ -204,6 +206,7 @@ impl Documents {
         members: Arc<Members>,
         log: Log,
         bus: Arc<dyn Bus>,
+        memory: Memory,
         metrics: Metrics,
         tasks: Tasks,
     ) -> Arc<Self> {
@@ -212,6 +215,7 @@ impl Documents {
             members,
             log,
             bus,
+            memory,
             metrics,
             tasks,
             open: Mutex::default(),
@@ -524,6 +528,12 @@ impl Host {
     async fn open(&mut self, missing: Missing) -> Result<Owned, End> {
         let documents = self.documents.clone();
         loop {
+            if documents.memory.is_short() {
+                return Err(End::Unavailable(
+                    Unavailable::Store,
+                    "its node is short of memory; try again".to_owned(),
+                ));
+            }
             let ownership = self.wait_for_ownership().await?;
             let preloaded = documents.preloads.finish(
                 &documents.tasks,
@@ -1165,7 +1175,8 @@ impl Owned {
         if settled && SNAPSHOT_AFTER_UPDATES <= self.document.tail() {
             self.start_snapshot();
         }
-        let unused = self.document.is_idle() && UNLOAD_AFTER <= self.idle_since.elapsed();
+        let unused = self.document.is_idle()
+            && (UNLOAD_AFTER <= self.idle_since.elapsed() || self.documents.memory.is_short());
         if unused && settled && self.snapshot_running.is_none() {
             if 0 < self.document.tail() {
                 self.start_snapshot();

@@ -15,6 +15,7 @@ pub mod isolation;
 pub mod listener;
 pub mod log;
 pub mod members;
+pub mod memory;
 pub mod metrics;
 pub mod node;
 pub mod origin;

@@ -14,6 +14,7 @@ use crate::handoff::Handoff;
 use crate::isolation;
 use crate::log::Log;
 use crate::members::Members;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::peers::link::Dial;
@@ -34,6 +35,8 @@ pub struct Surroundings {
     pub slots: u16,
     /// No other member can exist.
     pub alone: bool,
+    /// How much memory there is.
+    pub memory: Memory,
     /// What is counted.
     pub metrics: Metrics,
     /// Where its tasks run.
@@ -67,6 +70,7 @@ impl Node {
             registration,
             slots,
             alone,
+            memory,
             metrics,
             tasks,
             seed,
@@ -83,6 +87,7 @@ impl Node {
             members.clone(),
             log,
             bus,
+            memory,
             metrics.clone(),
             tasks.clone(),
         );

@@ -33,6 +33,7 @@ use crate::documents::Documents;
 use crate::edge::{Admitted, Edge, Family, Gate};
 use crate::listener;
 use crate::members::Members;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::node::{Node, Surroundings};
 use crate::origin::{self, Origins};
@@ -107,6 +108,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         registration,
         slots: config.slots,
         alone: matches!(config.storage, Storage::Embedded(_)),
+        memory: Memory::of_this_process(),
         metrics: metrics.clone(),
         tasks: Tasks::default(),
         seed: rand::random(),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use collab_node::bus::memory::NoBus;
+use collab_node::memory::Memory;
 use collab_node::metrics::Metrics;
 use collab_node::node::{Node, Surroundings};
 use collab_node::peers;
@@ -172,6 +173,7 @@ impl Process {
             registration,
             slots: world.settings.slots,
             alone: false,
+            memory: Memory::unlimited(),
             metrics: metrics.clone(),
             tasks: tasks.clone(),
             seed: world.roll_u64(),
