@@ -1,6 +1,9 @@
 //! Nodes that die, freeze, leave and join.
 
+use std::time::Instant;
+
 use anyhow::Result;
+use collab_core::control::MemberReport;
 use collab_tests::clients::now_ms;
 use collab_tests::proxy::Treatment;
 use tokio::time::sleep;
@@ -27,7 +30,7 @@ pub(crate) async fn zombie(world: &mut World) -> Result<()> {
     world.fault(VICTIM).await?;
     world.nodes.signal(VICTIM, "STOP")?;
     world.re_owned().await?;
-    sleep(seconds(8)).await;
+    sleep(seconds(30).saturating_sub(since(world.fault_ms()))).await;
     world.nodes.signal(VICTIM, "CONT")?;
     sleep(seconds(3)).await;
     let lives = world.nodes.runs(VICTIM);
@@ -250,6 +253,77 @@ pub(crate) async fn duelling_owners(world: &mut World) -> Result<()> {
     world.expect(0.0 < fenced, || "no update was ever fenced".to_owned());
     world.note(format!("{flips} changes, {fenced} updates fenced"));
     Ok(())
+}
+
+/// A node that is lost three times is given nothing for half a minute and then its share in steps; nobody elsewhere waits long.
+pub(crate) async fn flapping(world: &mut World) -> Result<()> {
+    world.expect.silence = Some(seconds(15));
+    world.expect.no_closes_elsewhere = true;
+    world.fault(VICTIM).await?;
+    for last in [false, false, true] {
+        world.nodes.signal(VICTIM, "STOP")?;
+        world.re_owned().await?;
+        world.nodes.signal(VICTIM, "CONT")?;
+        if !last {
+            world.nodes.balanced(3).await?;
+        }
+    }
+    let name = world.nodes.nodes[VICTIM].name();
+    let caught = |member: &MemberReport| member.node.0 == name && member.quarantine.is_some();
+    world
+        .nodes
+        .until("it is in quarantine", |report| {
+            report.members.iter().any(caught)
+        })
+        .await?;
+    let (begun, lost) = (Instant::now(), now_ms());
+    let (mut slots, mut steps) = (Vec::new(), Vec::new());
+    while begun.elapsed() < seconds(120) {
+        let Some((share, owned)) = standing(world).await? else {
+            break;
+        };
+        if steps.last().is_none_or(|(last, _)| *last != share) {
+            steps.push((share, begun.elapsed().as_secs()));
+        }
+        slots.push((share, owned));
+        sleep(millis(500)).await;
+    }
+    world.over();
+    let shares: Vec<u32> = steps.iter().map(|(share, _)| *share).collect();
+    world.expect(shares == [0, 25, 50, 75, 100], || {
+        format!("its shares were {shares:?}")
+    });
+    let held = steps.get(1).map_or(0, |(_, at)| *at);
+    world.expect((26..=34).contains(&held), || {
+        format!("it was held for {held} s")
+    });
+    for (share, most) in [(0, 0), (25, 130), (50, 220), (75, 290)] {
+        // In the middle of a step what the one before gave or left has arrived.
+        let owned = slots
+            .iter()
+            .filter(|(at, _)| *at == share)
+            .map(|(_, owned)| *owned);
+        let owned: Vec<u16> = owned.collect();
+        let settled = owned.get(owned.len() / 2).copied();
+        world.expect(settled.is_some_and(|owned| owned <= most), || {
+            format!("it owned {settled:?} slots at {share} %")
+        });
+    }
+    world.nodes.balanced(3).await?;
+    world.note(format!(
+        "share in % and when, in s after the third loss: {steps:?}; balanced after {} ms",
+        since(lost).as_millis()
+    ));
+    Ok(())
+}
+
+/// The share of the hurt node and the slots that it owns, while it is in quarantine.
+async fn standing(world: &World) -> Result<Option<(u32, u16)>> {
+    let report = world.nodes.report().await?;
+    let name = world.nodes.nodes[VICTIM].name();
+    let mut members = report.members.iter();
+    let member = members.find(|member| member.node.0 == name && member.live);
+    Ok(member.and_then(|member| Some((member.quarantine?.share_percent, member.slots_owned))))
 }
 
 pub(crate) async fn scale(world: &mut World) -> Result<()> {

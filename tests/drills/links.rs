@@ -2,9 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use collab_core::control::{FenceRequest, PlacementRequest};
+use collab_core::ids::Term;
+use collab_crds::collabcluster::PlacementSpec;
+use collab_operator::control::{Control, Node as OperatorsNode};
+use collab_operator::plan::grey::{Grey, grey};
+use collab_operator::plan::handoff;
 use collab_tests::clients::{Reading, idle, now_ms};
 use collab_tests::network::Host;
+use collab_tests::nodes::CONTROL_TOKEN;
 use collab_tests::proxy::Treatment;
 use collab_tests::sandbox::{self, Limits};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -32,6 +39,36 @@ pub(crate) async fn node_from_store(world: &mut World) -> Result<()> {
     world.re_owned().await?;
     sleep(seconds(10)).await;
     world.over();
+    Ok(())
+}
+
+/// Nobody tells it who owns what: its clients are better off elsewhere, and it lets them go.
+pub(crate) async fn node_from_everybody(world: &mut World) -> Result<()> {
+    world.expect.others = Some(seconds(4));
+    world.expect.no_closes_elsewhere = true;
+    world.fault(VICTIM).await?;
+    let victim = host_of(world, VICTIM);
+    world.network.cut(&victim, &world.store)?;
+    for other in [1, 2] {
+        world.network.cut(&victim, &host_of(world, other))?;
+    }
+    world.re_owned().await?;
+    let (begun, url) = (world.fault_ms(), world.nodes.nodes[VICTIM].url());
+    // Its first second without a lease, five alone, and a second to close them all.
+    sleep(seconds(10).saturating_sub(since(begun))).await;
+    let (let_go, all) = world.ledger(|ledger| {
+        let there = ledger.writers.values().filter(|writer| writer.node == url);
+        let firsts = there.map(|writer| writer.closes.iter().find(|(at, _)| begun < *at).copied());
+        let firsts: Vec<_> = firsts.collect();
+        let after: Vec<f64> = firsts.iter().flatten().map(|(at, _)| at - begun).collect();
+        (after, firsts.len())
+    });
+    world.over();
+    world.expect(let_go.len() == all, || {
+        format!("only {} of its {all} sockets were closed", let_go.len())
+    });
+    let last = let_go.into_iter().fold(0.0, f64::max);
+    world.note(format!("its {all} sockets were closed within {last:.0} ms"));
     Ok(())
 }
 
@@ -64,10 +101,112 @@ pub(crate) async fn node_from_node(world: &mut World) -> Result<()> {
     Ok(())
 }
 
+/// The others do not hear a node that keeps its lease. What the operator makes of that is done here once a second.
+pub(crate) async fn node_from_other_nodes(world: &mut World) -> Result<()> {
+    world.expect.others = Some(seconds(6));
+    world.expect.no_closes_elsewhere = true;
+    let operator = Operator::start(&world.nodes.nodes[1]).await?;
+    operator.look().await?;
+    world.nodes.balanced(3).await?;
+    world.fault(VICTIM).await?;
+    for other in [1, 2] {
+        let other = host_of(world, other);
+        world.network.cut(&host_of(world, VICTIM), &other)?;
+    }
+    let (mut fenced, mut left) = (0, None);
+    for second in 0..12 {
+        let grey = operator.look().await?;
+        if !grey.fence.is_empty() {
+            fenced += grey.fence.len();
+            left.get_or_insert(since(world.fault_ms()));
+        }
+        let owns = slots_of_victim(world).await?;
+        world.expect(second < 8 || owns == 0, || {
+            format!("it owns {owns} slots {second} s after it was cut off")
+        });
+        sleep(seconds(1)).await;
+    }
+    world.expect(fenced == 1, || format!("it was fenced {fenced} times"));
+    world.network.heal_all()?;
+    let healed = Instant::now();
+    while slots_of_victim(world).await? < 300 && healed.elapsed() < seconds(30) {
+        operator.look().await?;
+        sleep(seconds(1)).await;
+    }
+    let back = healed.elapsed();
+    world.over();
+    world.expect(back < seconds(30), || {
+        "it got no slots back after it was heard again".to_owned()
+    });
+    world.note(format!(
+        "fenced after {left:?}; its share was back {} ms after the cut was healed",
+        back.as_millis()
+    ));
+    Ok(())
+}
+
+async fn slots_of_victim(world: &World) -> Result<u16> {
+    let report = world.nodes.report().await?;
+    let name = world.nodes.nodes[VICTIM].name();
+    let owns = report.members.iter().filter(|member| member.node.0 == name);
+    Ok(owns.map(|member| member.slots_owned).sum())
+}
+
+/// The part of the operator that needs no Kubernetes: what it reads of the nodes, decides by its own plan, and asks of them.
+struct Operator {
+    control: Control,
+    address: String,
+    term: Term,
+}
+
+impl Operator {
+    async fn start(node: &collab_tests::nodes::Node) -> Result<Self> {
+        let address = node.internal_url().trim_start_matches("http://").to_owned();
+        let control = Control::new()?;
+        let asked = OperatorsNode {
+            address: &address,
+            token: CONTROL_TOKEN,
+        };
+        let term = control.take_term(asked, "drill").await?;
+        Ok(Self {
+            control,
+            address,
+            term,
+        })
+    }
+
+    async fn look(&self) -> Result<Grey> {
+        let node = OperatorsNode {
+            address: &self.address,
+            token: CONTROL_TOKEN,
+        };
+        let report = self.control.report(node).await?;
+        let grey = grey(&report);
+        let absent = grey.nodes.keys().cloned().collect();
+        let placement = handoff::placement(&report, &absent, &PlacementSpec::default());
+        let placement = placement.context("nobody is left")?;
+        let request = PlacementRequest {
+            term: self.term,
+            nodes: placement.nodes,
+            slots: placement.slots,
+            pins: placement.pins,
+        };
+        self.control.place(node, &request).await?;
+        for (_, incarnation) in &grey.fence {
+            let request = FenceRequest {
+                term: self.term,
+                incarnation: *incarnation,
+            };
+            self.control.fence(node, &request).await?;
+        }
+        Ok(grey)
+    }
+}
+
 pub(crate) async fn clients_cut_off(world: &mut World) -> Result<()> {
     world.fault(VICTIM).await?;
     world.network.cut(&world.clients, &host_of(world, VICTIM))?;
-    sleep(seconds(35)).await;
+    sleep(seconds(60)).await;
     Ok(())
 }
 
@@ -198,9 +337,12 @@ pub(crate) async fn slow_reader(world: &mut World) -> Result<()> {
 }
 
 pub(crate) async fn reconnect_storm(world: &mut World) -> Result<()> {
-    const COUNT: usize = 1_000;
+    const COUNT: usize = 5_000;
     let nodes = world.nodes.urls();
-    let documents = world.documents.clone();
+    // Ten to a document: in one document everybody would be told of everybody.
+    let documents: Vec<String> = (0..COUNT / 10)
+        .map(|number| format!("storm/{number}"))
+        .collect();
     let reading = Reading {
         nodes: &nodes,
         documents: &documents,
@@ -208,7 +350,7 @@ pub(crate) async fn reconnect_storm(world: &mut World) -> Result<()> {
     };
     let crowd = idle(&reading, COUNT)?;
     crowd
-        .until(seconds(60), |connected| *connected == COUNT)
+        .until(seconds(120), |connected| *connected == COUNT)
         .await?;
     world.expect.others = Some(seconds(5));
     world.expect.no_closes_elsewhere = true;

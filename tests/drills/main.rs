@@ -72,6 +72,8 @@ const DRILLS: &[Drill] = drills! {
     "9" "the owner dies while it writes a snapshot" Full Plan::hot() => kills::in_the_middle_of_a_snapshot;
     "10" "one document panics" Full PLAN => kills::panic_in_one_document;
     "11" "two nodes are told that they own the same" Full PLAN => kills::duelling_owners;
+    "12" "a node is cut off from the other nodes only" Full PLAN => links::node_from_other_nodes;
+    "13" "a node is lost again and again" Full PLAN.without_spells() => kills::flapping;
     "14" "one, three and five nodes" Full PLAN => kills::scale;
     "15" "Redis is killed and comes back" Full PLAN => stores::redis_killed;
     "16" "Redis has no memory left" Full PLAN => stores::redis_out_of_memory;
@@ -89,13 +91,14 @@ const DRILLS: &[Drill] = drills! {
     "28" "a wait for the standby is cancelled" Full PLAN.with_standby(Standby::Synchronous) => stores::standby_gone;
     "29" "locks are held and connections used up" Full PLAN => stores::locks_and_connections;
     "30" "a node is cut off from Postgres" Full PLAN => links::node_from_store;
+    "30b" "a node is cut off from Postgres and all other nodes" Full PLAN.without_spells() => links::node_from_everybody;
     "31" "the answers of Postgres to a node are lost" Full PLAN => links::replies_of_the_store;
     "32" "nodes are cut from each other and from Redis" Full PLAN => links::node_from_node;
     "33" "clients are cut off, and edit" Full PLAN => links::clients_cut_off;
     "34" "links are slow, stall, break and lose" Full PLAN.with_store_proxies().with_edge_proxies() => links::bad_links;
     "35" "clients vanish without a word" Full PLAN.without_spells() => links::half_open;
     "36" "a client does not read" Full PLAN.without_spells() => links::slow_reader;
-    "38" "a thousand clients reconnect" Full PLAN => links::reconnect_storm;
+    "38" "five thousand clients reconnect" Full PLAN => links::reconnect_storm;
     "39" "a node's wall clock jumps" Full PLAN => links::wall_clock;
     "40" "clocks step while the owner is frozen" Full PLAN => links::clock_steps_while_frozen;
     "41" "a node runs out of memory" Full PLAN => links::out_of_memory;
@@ -146,10 +149,12 @@ async fn inside() -> Result<ExitCode> {
         .filter(|argument| !argument.starts_with('-'))
         .collect();
     let wanted = |drill: &Drill| {
-        let by = |word: &String| {
-            (word == "short" && drill.set == Set::Short)
-                || word == drill.number
-                || drill.name.contains(word.as_str())
+        let by = |word: &String| match word.as_str() {
+            "short" => drill.set == Set::Short,
+            number if number.starts_with(|first: char| first.is_ascii_digit()) => {
+                drill.number == number
+            }
+            word => drill.name.contains(word),
         };
         words.is_empty() || words.iter().any(by)
     };

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use collab_core::control::ClusterReport;
 use collab_core::ids::DocumentId;
 use collab_core::ring::slot_of;
-use collab_tests::checker::{Ledger, Report, Run};
+use collab_tests::checker::{Ledger, Report, Row, Run};
 use collab_tests::clients::typist::Typing;
 use collab_tests::clients::{Follower, Reading, now_ms, read, reload};
 use collab_tests::network::{Host, Network};
@@ -189,6 +189,8 @@ pub(crate) struct World {
     pub cache: Host,
     pub documents: Vec<String>,
     pub expect: Expect,
+    /// See [`Log::appended_before_failover`](collab_tests::checker::Log).
+    pub appended_before_failover: Vec<Row>,
     folder: Folder,
     fault: Fault,
     notes: Vec<String>,
@@ -261,6 +263,7 @@ impl World {
             cache,
             documents: Vec::new(),
             expect: Expect::default(),
+            appended_before_failover: Vec::new(),
             folder: Folder::new("drill", "root"),
             fault: Fault::default(),
             notes: Vec::new(),
@@ -501,6 +504,7 @@ impl World {
         let mut log = witnesses::log(&mut session).await?;
         // What a drill planted or broke beside the typists is its own affair.
         log.appended.retain(|row| documents.contains(&row.document));
+        log.appended_before_failover = std::mem::take(&mut self.appended_before_failover);
         log.rows.retain(|row| documents.contains(&row.document));
         let stored = witnesses::stored(&mut session, &documents).await?;
         for document in &stored {

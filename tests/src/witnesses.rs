@@ -21,7 +21,6 @@ const TRIGGERS: &str = "
 create schema witness;
 create table witness.claim (n bigserial, slot int, owner uuid, epoch bigint, at timestamptz default clock_timestamp());
 create table witness.append (n bigserial, document text, seq bigint, slot int, epoch bigint, crc32c bigint, bytes bytea, at timestamptz);
-insert into witness.claim (slot, owner, epoch) select slot, owner, epoch from slot;
 create function witness.claimed() returns trigger language plpgsql security definer as $$
 begin
   insert into witness.claim (slot, owner, epoch)
@@ -37,7 +36,9 @@ end $$;
 create trigger claimed after update on slot referencing old table as former new table as changed
   for each statement execute function witness.claimed();
 create trigger appended after insert on update_log referencing new table as fresh
-  for each statement execute function witness.appended()";
+  for each statement execute function witness.appended();
+-- Now that nobody can change an owner unseen.
+insert into witness.claim (slot, owner, epoch) select slot, owner, epoch from slot";
 
 /// Has the database write down every claim and append from now on. `session` is the superuser's.
 ///
@@ -72,6 +73,7 @@ pub async fn log(session: &mut PgConnection) -> Result<Log> {
     Ok(Log {
         claims: claims.iter().map(claim).collect::<Result<_>>()?,
         appended: appended.iter().map(row).collect::<Result<_>>()?,
+        appended_before_failover: Vec::new(),
         rows: left.iter().map(row).collect::<Result<_>>()?,
         snapshots: snapshots
             .iter()
