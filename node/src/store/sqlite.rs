@@ -5,10 +5,11 @@
 //! with each run, so that the log tells runs apart. The one member is this process: it lives in
 //! memory, and its lease never ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -22,6 +23,8 @@ use sqlx::sqlite::{
     SqliteSynchronous,
 };
 use sqlx::{QueryBuilder, Row, Sqlite as Database, SqliteConnection, Transaction};
+use tokio::task::AbortHandle;
+use tokio::time::sleep;
 use uuid::Uuid;
 
 mod rows;
@@ -35,8 +38,16 @@ use super::{
 
 /// Connections that read.
 const READERS: u32 = 4;
-/// Rows of one insert; each binds 7 variables, of which SQLite allows 32,766.
+/// Rows of one insert; each binds 8 variables at most, of which SQLite allows 32,766.
 const INSERT_ROWS_MAX: usize = 1_000;
+/// Sizes of the statements that are kept prepared.
+const INSERT_PLACES: [usize; 6] = [1, 4, 16, 64, 256, INSERT_ROWS_MAX];
+/// Pages of the file that each connection keeps, as SQLite wants it: negative, in KiB. The system has the file in memory, too.
+const CACHE_SIZE: &str = "-512";
+/// Between two times that what was appended is moved from the write-ahead log to its place in the file.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
+/// A write-ahead log of as many pages is moved by whoever appends: nobody else comes to it.
+const CHECKPOINT_PAGES_MAX: &str = "16000";
 
 /// A SQLite file behind one embedded node.
 #[derive(Debug)]
@@ -44,6 +55,9 @@ pub struct Sqlite {
     writer: SqlitePool,
     readers: SqlitePool,
     member: Mutex<Option<Member>>,
+    /// Since the last checkpoint.
+    appended: Arc<AtomicBool>,
+    checkpoints: AbortHandle,
     /// Held for as long as the store lives.
     _lock: File,
 }
@@ -59,10 +73,14 @@ impl Sqlite {
             .filename(folder.join("collab.sqlite"))
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full);
+            .synchronous(SqliteSynchronous::Full)
+            .pragma("wal_autocheckpoint", CHECKPOINT_PAGES_MAX)
+            .pragma("cache_size", CACHE_SIZE);
         let pool = |size| {
             SqlitePoolOptions::new()
                 .max_connections(size)
+                // A connection to a file does not break.
+                .test_before_acquire(false)
                 .idle_timeout(None)
                 .max_lifetime(None)
         };
@@ -77,13 +95,64 @@ impl Sqlite {
             .run(&writer)
             .await
             .map_err(|error| StoreError::Unusable(error.to_string()))?;
+        let appended = Arc::new(AtomicBool::new(false));
+        let beside = pool(1).connect_lazy_with(options.clone());
+        let checkpoints = tokio::spawn(checkpoint(beside, appended.clone())).abort_handle();
         let readers = pool(READERS).connect_lazy_with(options.read_only(true));
         Ok(Self {
             writer,
             readers,
             member: Mutex::new(None),
+            appended,
+            checkpoints,
             _lock: lock,
         })
+    }
+
+    /// Appends as many rows in one statement, which is a transaction of its own. Answers the keys that were inserted.
+    async fn insert(&self, batch: &[Append]) -> Result<Vec<(DocumentId, Seq)>, StoreError> {
+        let places = INSERT_PLACES
+            .into_iter()
+            .find(|places| batch.len() <= *places);
+        let places = places.unwrap_or(batch.len());
+        // The same text for many sizes, so that it is read once. What is not used has no document.
+        let mut insert = QueryBuilder::<Database>::new(
+            "with r(document, seq, slot, epoch, incarnation, crc32c, bytes, author) as (",
+        );
+        let rows = batch.iter().map(Some).chain(std::iter::repeat(None));
+        insert.push_values(rows.take(places), |mut row, append| {
+            let ownership = append.map(|append| append.ownership);
+            row.push_bind(append.map(|append| append.document.as_str()))
+                .push_bind(append.map(|append| append.seq.0))
+                .push_bind(ownership.map(|ownership| ownership.slot.0))
+                .push_bind(ownership.map(|ownership| ownership.epoch.0))
+                .push_bind(ownership.map(|ownership| ownership.incarnation))
+                .push_bind(append.map(|append| crc32c::crc32c(&append.bytes)))
+                .push_bind(append.map(|append| append.bytes.as_ref()))
+                .push_bind(append.map(|append| append.author.as_str()));
+        });
+        insert.push(
+            ") insert into update_log (document, seq, slot, epoch, crc32c, bytes, author, at)
+             select r.document, r.seq, r.slot, r.epoch, r.crc32c, r.bytes, r.author,
+               cast(unixepoch('subsec') * 1000 as integer)
+             from r
+               join slot s on s.slot = r.slot and s.epoch = r.epoch and s.owner = r.incarnation
+               join document d on d.id = r.document and not d.deleted and d.base_seq < r.seq
+             where true on conflict (document, seq) do nothing returning document, seq",
+        );
+        let rows = insert
+            .build()
+            .fetch_all(&self.writer)
+            .await
+            .map_err(failed)?;
+        rows.iter()
+            .map(|row| Ok((document_id(get(row, 0)?)?, Seq(get(row, 1)?))))
+            .collect()
+    }
+
+    async fn holds(&self, ownership: Ownership) -> Result<bool, StoreError> {
+        let mut connection = self.writer.acquire().await.map_err(failed)?;
+        holds(&mut connection, ownership).await
     }
 
     /// Begins a transaction that writes.
@@ -92,6 +161,25 @@ impl Sqlite {
             .begin_with("begin immediate")
             .await
             .map_err(failed)
+    }
+}
+
+impl Drop for Sqlite {
+    fn drop(&mut self) {
+        self.checkpoints.abort();
+    }
+}
+
+/// Moves what was appended to its place in the file, beside those who append: nobody waits for it.
+async fn checkpoint(connection: SqlitePool, appended: Arc<AtomicBool>) {
+    loop {
+        sleep(CHECKPOINT_EVERY).await;
+        if appended.swap(false, Ordering::Relaxed) {
+            let done = sqlx::query("pragma wal_checkpoint(passive)").execute(&connection);
+            if let Err(error) = done.await {
+                tracing::warn!(%error, "the write-ahead log was not moved to its file");
+            }
+        }
     }
 }
 
@@ -118,57 +206,36 @@ fn lock(folder: &Path) -> Result<File, StoreError> {
 #[async_trait]
 impl Store for Sqlite {
     async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
-        let mut write = self.write().await?;
-        let mut owned: Vec<Ownership> = batch.iter().map(|append| append.ownership).collect();
-        owned.sort_unstable_by_key(|ownership| {
-            (ownership.slot, ownership.epoch, ownership.incarnation)
-        });
-        owned.dedup();
-        let mut held = Vec::new();
-        for ownership in owned {
-            if holds(&mut write, ownership).await? {
-                held.push(ownership);
-            }
+        self.appended.store(true, Ordering::Relaxed);
+        let mut inserted = Vec::with_capacity(batch.len());
+        for rows in batch.chunks(INSERT_ROWS_MAX) {
+            inserted.extend(self.insert(rows).await?);
         }
-        let rows: Vec<_> = batch
+        let owned: BTreeSet<_> = batch
             .iter()
-            .filter(|append| held.contains(&append.ownership))
+            .map(|append| {
+                let Ownership {
+                    slot,
+                    epoch,
+                    incarnation,
+                } = append.ownership;
+                (slot, epoch, incarnation)
+            })
             .collect();
-        let mut inserted = Vec::new();
-        for rows in rows.chunks(INSERT_ROWS_MAX) {
-            let mut insert = QueryBuilder::<Database>::new(
-                "with r(document, seq, slot, epoch, crc32c, bytes, author) as (",
-            );
-            insert.push_values(rows, |mut row, append| {
-                row.push_bind(append.document.as_str())
-                    .push_bind(append.seq.0)
-                    .push_bind(append.ownership.slot.0)
-                    .push_bind(append.ownership.epoch.0)
-                    .push_bind(crc32c::crc32c(&append.bytes))
-                    .push_bind(append.bytes.as_ref())
-                    .push_bind(append.author.as_str());
-            });
-            insert.push(
-                ") insert into update_log (document, seq, slot, epoch, crc32c, bytes, author, at)
-                 select r.*, cast(unixepoch('subsec') * 1000 as integer)
-                 from r join document d on d.id = r.document where not d.deleted and d.base_seq < r.seq
-                 on conflict (document, seq) do nothing returning document, seq",
-            );
-            for row in insert
-                .build()
-                .persistent(false)
-                .fetch_all(&mut *write)
-                .await
-                .map_err(failed)?
-            {
-                inserted.push((document_id(get(&row, 0)?)?, Seq(get(&row, 1)?)));
+        let mut held = Vec::with_capacity(owned.len());
+        // Nearly always all of it was inserted, and so all of it is held.
+        let all = inserted.len() == batch.len();
+        for (slot, epoch, incarnation) in owned {
+            let ownership = Ownership {
+                slot,
+                epoch,
+                incarnation,
+            };
+            if all || self.holds(ownership).await? {
+                held.push(slot);
             }
         }
-        write.commit().await.map_err(failed)?;
-        Ok(Appended {
-            held: held.into_iter().map(|ownership| ownership.slot).collect(),
-            inserted,
-        })
+        Ok(Appended { held, inserted })
     }
 
     async fn written(&self, keys: &[(DocumentId, Seq)]) -> Result<Vec<WrittenRow>, StoreError> {
