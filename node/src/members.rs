@@ -582,6 +582,7 @@ impl Members {
             match self.store.register(&registration, self.slots, LEASE).await {
                 Ok(()) => {
                     self.renewed(begun);
+                    self.look_now();
                     tracing::info!(node = %registration.node, incarnation = %registration.incarnation, "registered as a member");
                     return Ok(());
                 }
@@ -711,7 +712,7 @@ impl Members {
     pub async fn follow_map(self: Arc<Self>) {
         // Whoever registers first creates the slots: read before that, the map would stay empty.
         while self.lease().renewed.is_none() {
-            sleep(MAP_POLL_EVERY).await;
+            let _ = timeout(MAP_POLL_EVERY, self.look_now.notified()).await;
         }
         let mut horizon = 0;
         loop {
@@ -728,6 +729,7 @@ impl Members {
             };
             match self.store.map(horizon).await {
                 Ok(change) => {
+                    let is_first = horizon == 0;
                     horizon = change.horizon;
                     self.publish(|map| {
                         let mut changed = false;
@@ -759,6 +761,10 @@ impl Members {
                         }
                         changed
                     });
+                    if is_first {
+                        // Who starts where its predecessor ended is waited for.
+                        self.adopt_now.notify_one();
+                    }
                     // A slot was handed to a node that has just joined: a renewal answers its address.
                     if self.map().has_strangers() {
                         self.renew_now.notify_one();
