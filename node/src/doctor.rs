@@ -568,9 +568,7 @@ impl Round {
             }
             Err(LoadError::Store(error)) => return Err(error.into()),
         };
-        let snapshot = snapshot
-            .as_ref()
-            .map(|stored| (stored.seq, stored.bytes.as_ref()));
+        let snapshot = snapshot.as_ref().map(|stored| (stored.seq, &stored.bytes));
         Ok(
             match opened(|| Document::open(Epoch(0), snapshot, &log, last)) {
                 Ok(state) => Found::Live { state, last },

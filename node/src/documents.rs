@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,11 +16,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use collab_core::document::{Document, EdgeId, Effect, Input, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
-use collab_core::limits::{PRELOAD_KEPT_FOR, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
+use collab_core::limits::{
+    LARGE_STATE_BYTES, PRELOAD_KEPT_FOR, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER,
+};
 use collab_core::mutants::Mutant;
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use crate::bus::{Bus, CachedSnapshot};
@@ -27,6 +30,7 @@ use crate::log::{Log, LogEvent};
 use crate::members::Members;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
+use crate::queue;
 use crate::store::{
     Append, Content, Created, Fence, LoadError, Loaded, NewSnapshot, Ownership, Recreate, Store,
     StoreError, StoredSnapshot,
@@ -56,6 +60,10 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// An update of this size may take the CRDT library long: it is applied apart from other documents.
 const HEAVY_UPDATE_BYTES: usize = 64 * 1024;
+/// More than this is not sent as it is stored.
+const SHOWN_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// State vector of a client that has nothing.
+const NOTHING: [u8; 1] = [0];
 /// An input that takes longer is told in the log.
 const HEAVY_AFTER: Duration = Duration::from_secs(2);
 
@@ -63,9 +71,9 @@ const HEAVY_AFTER: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub enum EdgeSender {
     /// An edge of this process.
-    Local(mpsc::UnboundedSender<ToEdge>),
+    Local(queue::Sender<ToEdge>),
     /// A channel of a stream to another node, which takes encoded frames.
-    Remote(mpsc::UnboundedSender<Bytes>, Channel),
+    Remote(queue::Sender<Bytes>, Channel),
 }
 
 impl EdgeSender {
@@ -82,7 +90,7 @@ impl EdgeSender {
 #[derive(Debug)]
 pub struct Attachment {
     edge: EdgeId,
-    document: mpsc::UnboundedSender<ToDocument>,
+    document: queue::Sender<ToDocument>,
 }
 
 impl Attachment {
@@ -189,7 +197,7 @@ struct Entry {
     id: u64,
     slot: Slot,
     meter: Meter,
-    task: mpsc::UnboundedSender<ToDocument>,
+    task: queue::Sender<ToDocument>,
 }
 
 /// Whether opening a document that does not exist creates it.
@@ -437,13 +445,13 @@ impl Documents {
         open: &mut Open,
         document: &DocumentId,
         missing: Missing,
-    ) -> mpsc::UnboundedSender<ToDocument> {
+    ) -> queue::Sender<ToDocument> {
         if let Some(entry) = open.documents.get(document) {
             return entry.task.clone();
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let slot = self.members.slot_of(document);
-        let (task, inputs) = mpsc::unbounded_channel();
+        let (task, inputs) = queue::unbounded();
         let meter = Meter::default();
         let counts = meter.counts.clone();
         open.documents.insert(
@@ -462,6 +470,7 @@ impl Documents {
             slot,
             counts,
             inputs,
+            held: VecDeque::new(),
         };
         self.tasks.spawn(host.run(missing));
         task
@@ -479,7 +488,9 @@ struct Host {
     id: u64,
     slot: Slot,
     counts: Arc<Counts>,
-    inputs: mpsc::UnboundedReceiver<ToDocument>,
+    inputs: queue::Receiver<ToDocument>,
+    /// What came while the document was built.
+    held: VecDeque<ToDocument>,
 }
 
 /// Why the task of a document ends.
@@ -500,13 +511,19 @@ enum End {
 impl Host {
     async fn run(mut self, missing: Missing) {
         let (documents, name) = (self.documents.clone(), self.document.clone());
-        let end = match self.open(missing).await {
+        // Freed when it is done: a document is open for much longer.
+        let opened = Box::pin(self.open(missing)).await;
+        let end = match opened {
             Ok(mut owned) => {
                 let rescued = documents.open().rescued.remove(&name);
                 let state = rescued.map(|state| Input::Restore { state });
                 match state.and_then(|state| owned.handle(state)) {
                     Some(end) => (end, BTreeMap::new()),
-                    None => owned.serve(&mut self.inputs).await,
+                    None => {
+                        owned
+                            .serve(&mut self.inputs, std::mem::take(&mut self.held))
+                            .await
+                    }
                 }
             }
             Err(end) => {
@@ -565,12 +582,10 @@ impl Host {
             {
                 Ok(Loaded::Live(content)) => {
                     let room_epoch = content.room_epoch;
-                    return Ok(
-                        match replayed(&documents.tasks, ownership.epoch, &content).await {
-                            Ok(document) => self.owned(document, ownership, room_epoch, "store"),
-                            Err(reason) => self.degraded(content, ownership, reason).await,
-                        },
-                    );
+                    return Ok(match self.build(&content, ownership.epoch).await {
+                        Ok(document) => self.owned(document, ownership, room_epoch, "store"),
+                        Err(reason) => self.degraded(content, ownership, reason).await,
+                    });
                 }
                 Ok(Loaded::Deleted) => {
                     return Err(End::Unavailable(
@@ -601,6 +616,61 @@ impl Host {
         }
     }
 
+    /// Builds the document from what was loaded. If it is large, those who come with nothing are sent what is stored
+    /// meanwhile: all of it is committed, and it is all there is.
+    async fn build(&mut self, content: &Content, epoch: Epoch) -> Result<Document, String> {
+        let tasks = self.documents.tasks.clone();
+        let mut built = pin!(replayed(&tasks, epoch, content));
+        let mut parts: Vec<Bytes> = content.parts().cloned().collect();
+        let is_shown = (LARGE_STATE_BYTES..=SHOWN_BYTES_MAX).contains(&content.bytes());
+        let Some(last) = parts.pop().filter(|_| is_shown) else {
+            return built.await;
+        };
+        let mut edges = BTreeMap::<EdgeId, EdgeSender>::new();
+        let mut answered = Vec::new();
+        loop {
+            let message = tokio::select! {
+                biased;
+                Some(message) = self.inputs.recv() => message,
+                document = &mut built => {
+                    if document.is_err() {
+                        // Less of it may be good than was shown.
+                        self.held.extend(answered);
+                    }
+                    return document;
+                }
+            };
+            match &message {
+                ToDocument::Attach(edge, sender, _) => {
+                    edges.insert(*edge, sender.clone());
+                }
+                ToDocument::Detach(edge) => {
+                    edges.remove(edge);
+                }
+                ToDocument::FromEdge(
+                    edge,
+                    ToOwner::Step1 {
+                        connection,
+                        state_vector,
+                    },
+                ) if state_vector.as_ref() == NOTHING
+                    && let Some(sender) = edges.get(edge) =>
+                {
+                    let connection = *connection;
+                    for update in parts.iter().cloned() {
+                        sender.send(ToEdge::Part { connection, update });
+                    }
+                    let update = last.clone();
+                    sender.send(ToEdge::Step2 { connection, update });
+                    answered.push(message);
+                    continue;
+                }
+                _ => {}
+            }
+            self.held.push_back(message);
+        }
+    }
+
     fn owned(
         &self,
         document: Document,
@@ -614,7 +684,7 @@ impl Host {
         self.documents.set_degraded(|degraded| {
             degraded.remove(&self.document);
         });
-        let (log_reply, log_events) = mpsc::unbounded_channel();
+        let (log_reply, log_events) = queue::unbounded();
         Owned {
             documents: self.documents.clone(),
             name: self.document.clone(),
@@ -764,8 +834,8 @@ struct Owned {
     room_epoch: RoomEpoch,
     document: Document,
     edges: BTreeMap<EdgeId, EdgeSender>,
-    log_reply: mpsc::UnboundedSender<LogEvent>,
-    log_events: mpsc::UnboundedReceiver<LogEvent>,
+    log_reply: queue::Sender<LogEvent>,
+    log_events: queue::Receiver<LogEvent>,
     /// Answers that wait until what they show is durable.
     waiting: Vec<(Seq, Reply, Answer)>,
     snapshot_running: Option<oneshot::Receiver<Option<(Seq, Bytes)>>>,
@@ -788,11 +858,11 @@ impl Owned {
     /// Serves until something ends it.
     async fn serve(
         mut self,
-        inputs: &mut mpsc::UnboundedReceiver<ToDocument>,
+        inputs: &mut queue::Receiver<ToDocument>,
+        mut backlog: VecDeque<ToDocument>,
     ) -> (End, BTreeMap<EdgeId, EdgeSender>) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut backlog = VecDeque::new();
         let end = loop {
             // With a tail this long a snapshot is worth a short wait.
             let must_settle = 2 * SNAPSHOT_AFTER_UPDATES <= self.document.tail()
@@ -950,8 +1020,11 @@ impl Owned {
             | Input::Step1 { peer, .. } => Some(*peer),
             _ => None,
         };
-        let large =
-            matches!(&input, Input::Update { update, .. } if HEAVY_UPDATE_BYTES <= update.len());
+        let large = match &input {
+            Input::Update { update, .. } => HEAVY_UPDATE_BYTES <= update.len(),
+            Input::Step1 { .. } | Input::Attach { .. } => self.document.is_large(),
+            _ => false,
+        };
         let begun = Instant::now();
         let document = &mut self.document;
         let work = move || {
@@ -1096,7 +1169,7 @@ impl Owned {
         }
         let answer = match question {
             Question::Text(name) => Answer::Text(self.document.text(name)),
-            Question::State => Answer::State(self.document.encode_state()),
+            Question::State => Answer::State(self.document.whole_state()),
             Question::Presence => Answer::Presence(self.presence()),
         };
         if self.document.is_settled() {
@@ -1117,7 +1190,7 @@ impl Owned {
     /// Waits until all is durable and lets nothing in until the slot's fate is decided.
     async fn frozen(
         &mut self,
-        inputs: &mut mpsc::UnboundedReceiver<ToDocument>,
+        inputs: &mut queue::Receiver<ToDocument>,
         settled: oneshot::Sender<()>,
         backlog: &mut VecDeque<ToDocument>,
     ) -> Option<End> {
@@ -1152,7 +1225,7 @@ impl Owned {
         None
     }
 
-    async fn tick(&mut self, inputs: &mpsc::UnboundedReceiver<ToDocument>) -> Option<End> {
+    async fn tick(&mut self, inputs: &queue::Receiver<ToDocument>) -> Option<End> {
         let now = self.documents.started.elapsed();
         let end = self.handle(Input::Expire { now });
         let connections = u32::try_from(self.document.connections()).unwrap_or(u32::MAX);
@@ -1194,7 +1267,7 @@ impl Owned {
     }
 
     /// Takes the document out of the table unless somebody has just asked for it.
-    fn leave_table(&self, inputs: &mpsc::UnboundedReceiver<ToDocument>) -> bool {
+    fn leave_table(&self, inputs: &queue::Receiver<ToDocument>) -> bool {
         let mut open = self.documents.open();
         let unused = inputs.is_empty();
         if unused
@@ -1221,7 +1294,7 @@ impl Owned {
             } else {
                 self.document.committed_seq()
             },
-            bytes: self.document.encode_state(),
+            bytes: self.document.whole_state(),
         };
         let state = snapshot.bytes.clone();
         let (done, running) = oneshot::channel();
@@ -1297,21 +1370,24 @@ async fn load(
     store.load_with(document, copy).await
 }
 
-/// Replays what was loaded, beside the executor's threads. The error is for people.
+/// Replays what was loaded, beside the executor's threads if it is much. The error is for people.
 async fn replayed(tasks: &Tasks, epoch: Epoch, content: &Content) -> Result<Document, String> {
+    let bytes = content.bytes();
     let Content {
         snapshot,
         log,
         last,
         ..
     } = content.clone();
-    guarded(tasks, move || {
-        let snapshot = snapshot
-            .as_ref()
-            .map(|stored| (stored.seq, stored.bytes.as_ref()));
+    let work = move || {
+        let snapshot = snapshot.as_ref().map(|stored| (stored.seq, &stored.bytes));
         Document::open(epoch, snapshot, &log, last)
-    })
-    .await
+    };
+    if bytes < LARGE_STATE_BYTES {
+        attempt(work)
+    } else {
+        guarded(tasks, work).await
+    }
 }
 
 /// Runs what may take long, or panic, with stored rows. The error is for people.
@@ -1319,10 +1395,14 @@ async fn guarded<T: Send + 'static>(
     tasks: &Tasks,
     work: impl FnOnce() -> Result<T, OpenError> + Send + 'static,
 ) -> Result<T, String> {
-    let work = move || catch_unwind(AssertUnwindSafe(work));
-    match tasks.compute(work).await {
-        Ok(Ok(done)) => done.map_err(|error| error.to_string()),
-        Ok(Err(_)) | Err(_) => Err("its rows make the CRDT library panic".to_owned()),
+    let done = tasks.compute(move || attempt(work)).await;
+    done.expect("what panics inside is caught there")
+}
+
+fn attempt<T>(work: impl FnOnce() -> Result<T, OpenError>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err("its rows make the CRDT library panic".to_owned()),
     }
 }
 
@@ -1343,7 +1423,7 @@ fn panic_on_request(input: &Input) {
 /// The next input, those that a freeze held back first.
 async fn next(
     backlog: &mut VecDeque<ToDocument>,
-    inputs: &mut mpsc::UnboundedReceiver<ToDocument>,
+    inputs: &mut queue::Receiver<ToDocument>,
 ) -> Option<ToDocument> {
     match backlog.pop_front() {
         Some(held) => Some(held),

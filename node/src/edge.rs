@@ -6,7 +6,7 @@
 //! clients are told, and a [`family`] puts it into the bytes of its clients.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,24 +15,26 @@ use bytes::Bytes;
 use collab_core::ids::{ConnectionId, DocumentId};
 use collab_core::limits::{
     DRAIN_CLOSES_PER_SECOND, GONE_AFTER, MESSAGES_BURST, MESSAGES_PER_SECOND_MAX, PING_AFTER,
-    PULSE_EVERY, SOCKET_QUEUE_BYTES_MAX, SOCKET_QUEUE_FRAMES_MAX,
+    PULSE_EVERY,
 };
 use collab_core::wire::y_websocket;
 use futures::{Sink, SinkExt, Stream, StreamExt};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
 use crate::documents::Documents;
 use crate::members::Members;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
+use crate::queue;
 use crate::tasks::Tasks;
 
 mod apply;
 mod family;
 mod hocuspocus;
+mod outbox;
 mod pace;
 mod room;
 
@@ -41,6 +43,7 @@ pub use family::Family;
 pub use hocuspocus::{Admitted, Gate};
 
 use hocuspocus::Hocuspocus;
+use outbox::{Outbox, Taken};
 use pace::{Pace, Pulse, pulse};
 use room::{FromSocket, Room};
 
@@ -48,6 +51,8 @@ use room::{FromSocket, Room};
 const UNANSWERED_UPDATES_MAX: usize = 256;
 /// A client that takes nothing for this long is gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+/// A client that takes less of a large state is gone, too.
+const SLOWEST_BYTES_PER_SECOND: usize = 16 * 1024;
 
 /// What a client may do with a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +87,7 @@ pub struct Edge {
 
 struct RoomEntry {
     id: u64,
-    inputs: mpsc::UnboundedSender<FromSocket>,
+    inputs: queue::Sender<FromSocket>,
 }
 
 /// Why this side closes a socket.
@@ -104,64 +109,17 @@ impl Close {
 /// What a socket gives to the rooms of its documents.
 #[derive(Clone, Debug)]
 struct Line {
-    /// Frames for the client.
-    out: mpsc::UnboundedSender<Bytes>,
-    /// How much of them it has not taken.
-    backlog: Arc<Backlog>,
-    /// A room has done with a connection: it is to be closed.
-    ends: mpsc::UnboundedSender<(ConnectionId, Close)>,
+    /// Frames for the client, and ends of its connections.
+    out: Arc<Outbox>,
     /// Updates that may be read before one of them is receipted.
     credit: Arc<Semaphore>,
-}
-
-impl Line {
-    fn put(&self, frame: Bytes) {
-        self.backlog.add(&frame);
-        // A socket that is gone leaves by itself.
-        let _ = self.out.send(frame);
-    }
-}
-
-/// What waits for a socket to take it.
-#[derive(Debug, Default)]
-struct Backlog {
-    frames: AtomicUsize,
-    bytes: AtomicUsize,
-    /// The rooms that want to hear when all of it is sent, and for which of their connections.
-    awaited: Mutex<Vec<(mpsc::UnboundedSender<FromSocket>, ConnectionId)>>,
-}
-
-impl Backlog {
-    fn add(&self, frame: &Bytes) {
-        self.frames.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(frame.len(), Ordering::Relaxed);
-    }
-
-    /// Takes off what was sent, and tells those who wait for it that nothing is left.
-    fn sent(&self, frames: usize, bytes: usize) {
-        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-        if self.frames.fetch_sub(frames, Ordering::Relaxed) == frames {
-            for (room, connection) in self.awaited().drain(..) {
-                let _ = room.send(FromSocket::Drained { connection });
-            }
-        }
-    }
-
-    fn is_full(&self) -> bool {
-        SOCKET_QUEUE_FRAMES_MAX <= self.frames.load(Ordering::Relaxed)
-            || SOCKET_QUEUE_BYTES_MAX <= self.bytes.load(Ordering::Relaxed)
-    }
-
-    fn awaited(&self) -> MutexGuard<'_, Vec<(mpsc::UnboundedSender<FromSocket>, ConnectionId)>> {
-        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// A document that a socket holds. The room forgets it when this is dropped.
 #[derive(Debug)]
 struct Membership {
     connection: ConnectionId,
-    room: mpsc::UnboundedSender<FromSocket>,
+    room: queue::Sender<FromSocket>,
 }
 
 impl Drop for Membership {
@@ -308,14 +266,10 @@ impl Edge {
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
         let (mut sink, mut stream) = socket.split();
-        let (out, mut queue) = mpsc::unbounded_channel::<Bytes>();
-        let backlog = Arc::new(Backlog::default());
-        let (ends, mut ended) = mpsc::unbounded_channel();
+        let (out, queue) = Outbox::new();
         let credit = Arc::new(Semaphore::new(UNANSWERED_UPDATES_MAX));
         let mut client = client(Line {
             out,
-            backlog: backlog.clone(),
-            ends,
             credit: credit.clone(),
         });
         let mut batch = Vec::new();
@@ -329,28 +283,34 @@ impl Edge {
             let is_read = 0 < credit.available_permits() && even_at <= Instant::now();
             tokio::select! {
                 biased;
-                Some((connection, close)) = ended.recv() => {
-                    if let Some(close) = client.ended(connection, close) {
-                        break close;
-                    }
-                }
                 close = &mut closed => {
                     break close.unwrap_or_else(|_| Close::new(CLOSE_RESTART, ""));
                 }
-                count = queue.recv_many(&mut batch, 256) => {
-                    self.metrics.deliveries.inc_by(count as u64);
-                    let bytes = batch.iter().map(Bytes::len).sum();
-                    let sent = async {
-                        for frame in batch.drain(..) {
-                            sink.feed(WsMessage::Binary(frame)).await?;
+                taken = queue.take(&mut batch) => match taken {
+                    Taken::End(connection, close) => {
+                        if let Some(close) = client.ended(connection, close) {
+                            break close;
                         }
-                        sink.flush().await
-                    };
-                    if !matches!(timeout(SEND_TIMEOUT, sent).await, Ok(Ok(()))) {
-                        return 1006;
                     }
-                    backlog.sent(count, bytes);
-                }
+                    Taken::Frames(bytes) => {
+                        let (count, begun) = (batch.len(), Instant::now());
+                        self.metrics.deliveries.inc_by(count as u64);
+                        let sent = async {
+                            for frame in batch.drain(..) {
+                                sink.feed(WsMessage::Binary(frame)).await?;
+                            }
+                            sink.flush().await
+                        };
+                        if !matches!(timeout(time_to_take(bytes), sent).await, Ok(Ok(()))) {
+                            return 1006;
+                        }
+                        if PULSE_EVERY < begun.elapsed() {
+                            // It could not be heard meanwhile.
+                            heard = Instant::now();
+                        }
+                        queue.sent(count, bytes, &mut batch);
+                    }
+                },
                 _ = looks.tick() => {
                     // Who is not read cannot be heard.
                     if !is_read {
@@ -429,7 +389,7 @@ impl Edge {
         let mut rooms = self.lock_rooms();
         let entry = rooms.entry(document.clone()).or_insert_with(|| {
             let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-            let (inputs, receiver) = mpsc::unbounded_channel();
+            let (inputs, receiver) = queue::unbounded();
             let own_inputs = inputs.downgrade();
             let room = Room::new(self.clone(), document.clone(), id, receiver, own_inputs);
             self.tasks.spawn(room.run());
@@ -457,7 +417,7 @@ impl Edge {
         &self,
         document: &DocumentId,
         id: u64,
-        inputs: &mpsc::UnboundedReceiver<FromSocket>,
+        inputs: &queue::Receiver<FromSocket>,
     ) -> bool {
         let mut rooms = self.lock_rooms();
         let empty = inputs.is_empty();
@@ -478,6 +438,12 @@ impl Edge {
     fn lock_sockets(&self) -> MutexGuard<'_, BTreeMap<ConnectionId, oneshot::Sender<Close>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How long a client may take to take so many bytes.
+fn time_to_take(bytes: usize) -> Duration {
+    let seconds = bytes / SLOWEST_BYTES_PER_SECOND;
+    SEND_TIMEOUT + Duration::from_secs(seconds as u64)
 }
 
 /// A client of y-websocket or y-sweet.

@@ -21,6 +21,7 @@ pub mod node;
 pub mod origin;
 pub mod page;
 pub mod peers;
+pub mod queue;
 pub mod server;
 pub mod store;
 pub mod tasks;

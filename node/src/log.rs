@@ -15,12 +15,12 @@ use collab_core::limits::{BATCH_BYTES_MAX, BATCH_UPDATES_MAX, BATCHES_IN_FLIGHT_
 use collab_core::mutants::Mutant;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, yield_now};
 use tokio::time::{Instant, sleep};
 
 use crate::members::Members;
 use crate::metrics::Metrics;
+use crate::queue;
 use crate::store::{Append, Ownership, Store, StoreError};
 use crate::tasks::Tasks;
 
@@ -43,13 +43,13 @@ pub enum LogEvent {
 /// Hands appends to the group commit.
 #[derive(Clone, Debug)]
 pub struct Log {
-    queue: mpsc::UnboundedSender<Queued>,
+    queue: queue::Sender<Queued>,
 }
 
 #[derive(Debug)]
 struct Queued {
     append: Append,
-    reply: mpsc::UnboundedSender<LogEvent>,
+    reply: queue::Sender<LogEvent>,
 }
 
 impl Log {
@@ -60,7 +60,7 @@ impl Log {
         metrics: Metrics,
         tasks: Tasks,
     ) -> (Self, impl Future<Output = ()> + Send) {
-        let (queue, queued) = mpsc::unbounded_channel();
+        let (queue, queued) = queue::unbounded();
         let writer = Writer {
             store,
             members,
@@ -71,7 +71,7 @@ impl Log {
     }
 
     /// Queues an append. `reply` gets exactly one event for it, or a later position's.
-    pub fn append(&self, append: Append, reply: mpsc::UnboundedSender<LogEvent>) {
+    pub fn append(&self, append: Append, reply: queue::Sender<LogEvent>) {
         // The log ends with the process only.
         let _ = self.queue.send(Queued { append, reply });
     }
@@ -84,12 +84,12 @@ struct Writer {
     tasks: Tasks,
 }
 
-async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
+async fn run(writer: Arc<Writer>, mut queued: queue::Receiver<Queued>) {
     let mut waiting = VecDeque::<Queued>::new();
     let mut busy = BTreeSet::<Slot>::new();
     let mut flights = FuturesUnordered::<JoinHandle<Landed>>::new();
     // Documents whose log has a hole in this process: what they queued after it must not be written.
-    let mut ended = Vec::<mpsc::UnboundedSender<LogEvent>>::new();
+    let mut ended = Vec::<queue::Sender<LogEvent>>::new();
     loop {
         tokio::select! {
             biased;
@@ -103,6 +103,8 @@ async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
             next = queued.recv() => {
                 let Some(next) = next else { return };
                 waiting.push_back(next);
+                // Those who are to see the edits come first, and what they bring meanwhile goes with this batch.
+                yield_now().await;
                 while let Ok(next) = queued.try_recv() {
                     waiting.push_back(next);
                 }
@@ -138,7 +140,7 @@ async fn run(writer: Arc<Writer>, mut queued: mpsc::UnboundedReceiver<Queued>) {
 struct Landed {
     slots: BTreeSet<Slot>,
     /// Documents that cannot go on.
-    ended: Vec<mpsc::UnboundedSender<LogEvent>>,
+    ended: Vec<queue::Sender<LogEvent>>,
 }
 
 /// Takes what may go now, in order: nothing of a slot that is in flight, one epoch per slot (the fence
@@ -171,7 +173,7 @@ fn take_batch(waiting: &mut VecDeque<Queued>, busy: &BTreeSet<Slot>) -> Vec<Queu
 
 impl Writer {
     /// Brings a batch to a known end, tells its documents, and answers those that cannot go on.
-    async fn commit(&self, batch: Vec<Queued>) -> Vec<mpsc::UnboundedSender<LogEvent>> {
+    async fn commit(&self, batch: Vec<Queued>) -> Vec<queue::Sender<LogEvent>> {
         self.metrics
             .append_batch_updates
             .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
@@ -182,7 +184,7 @@ impl Writer {
             .append_seconds
             .observe(begun.elapsed().as_secs_f64());
         // One event per document: its last position, or what went wrong first.
-        let mut events = BTreeMap::<DocumentId, (LogEvent, mpsc::UnboundedSender<LogEvent>)>::new();
+        let mut events = BTreeMap::<DocumentId, (LogEvent, queue::Sender<LogEvent>)>::new();
         for (queued, outcome) in batch.into_iter().zip(outcomes) {
             let Queued { append, reply } = queued;
             match events.get_mut(&append.document) {
@@ -371,7 +373,7 @@ mod tests {
         };
         Queued {
             append,
-            reply: mpsc::unbounded_channel().0,
+            reply: queue::unbounded().0,
         }
     }
 

@@ -9,6 +9,9 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
 
+/// Documents that are opened or changed at the same time with work that takes long; others wait.
+const HEAVY_WORK_MAX: usize = 64;
+
 fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     start_log(flags.log_format);
@@ -17,6 +20,7 @@ fn main() -> anyhow::Result<()> {
         .map_err(|_| anyhow::anyhow!("a TLS provider was installed twice"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .max_blocking_threads(HEAVY_WORK_MAX)
         .build()?;
     if let Some(Command::Doctor(task)) = &flags.command {
         return runtime.block_on(doctor::run(task.clone(), &flags.storage()?, flags.slots));

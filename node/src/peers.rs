@@ -20,13 +20,13 @@ use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner};
 use futures::future::join_all;
 use futures::{SinkExt, StreamExt};
-use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use uuid::Uuid;
 
 use crate::documents::{Attachment, Documents, EdgeSender};
 use crate::members::{Map, Members};
 use crate::metrics::Metrics;
+use crate::queue;
 use crate::tasks::Tasks;
 
 pub mod link;
@@ -83,11 +83,11 @@ impl Default for Heard {
 
 struct Opened {
     id: u64,
-    commands: mpsc::UnboundedSender<Command>,
+    commands: queue::Sender<Command>,
 }
 
 enum Command {
-    Open(Channel, mpsc::UnboundedSender<ToEdge>),
+    Open(Channel, queue::Sender<ToEdge>),
     Send(Bytes),
     Close(Channel),
 }
@@ -95,7 +95,7 @@ enum Command {
 /// One document on a stream to its owner. Dropping it detaches.
 pub struct RemoteChannel {
     channel: Channel,
-    commands: mpsc::UnboundedSender<Command>,
+    commands: queue::Sender<Command>,
 }
 
 impl RemoteChannel {
@@ -188,7 +188,7 @@ impl Peers {
         address: &str,
         document: DocumentId,
         since: Bytes,
-    ) -> (RemoteChannel, mpsc::UnboundedReceiver<ToEdge>) {
+    ) -> (RemoteChannel, queue::Receiver<ToEdge>) {
         let (remote, receiver) = self.channel(incarnation, address);
         remote.send(&ToOwner::Attach { document, since });
         (remote, receiver)
@@ -244,9 +244,9 @@ impl Peers {
         self: &Arc<Self>,
         incarnation: Uuid,
         address: &str,
-    ) -> (RemoteChannel, mpsc::UnboundedReceiver<ToEdge>) {
+    ) -> (RemoteChannel, queue::Receiver<ToEdge>) {
         let channel = Channel(self.next_channel.fetch_add(1, Ordering::Relaxed));
-        let (sender, receiver) = mpsc::unbounded_channel();
+        let (sender, receiver) = queue::unbounded();
         let commands = {
             let mut links = self.links();
             let commands = self.stream(&mut links, incarnation, address);
@@ -263,7 +263,7 @@ impl Peers {
         links: &mut BTreeMap<Uuid, Opened>,
         incarnation: Uuid,
         address: &str,
-    ) -> mpsc::UnboundedSender<Command> {
+    ) -> queue::Sender<Command> {
         let opened = links
             .entry(incarnation)
             .or_insert_with(|| self.start(incarnation, address));
@@ -272,7 +272,7 @@ impl Peers {
 
     fn start(self: &Arc<Self>, incarnation: Uuid, address: &str) -> Opened {
         let id = self.next_link.fetch_add(1, Ordering::Relaxed);
-        let (commands, mut queue) = mpsc::unbounded_channel();
+        let (commands, mut queue) = queue::unbounded();
         let peers = self.clone();
         let address = address.to_owned();
         self.tasks.spawn(async move {
@@ -343,7 +343,7 @@ impl Peers {
 
 async fn run_link(
     link: Link,
-    queue: &mut mpsc::UnboundedReceiver<Command>,
+    queue: &mut queue::Receiver<Command>,
     last_heard: &Mutex<Instant>,
 ) -> Result<(), LinkError> {
     let Link {
@@ -351,7 +351,7 @@ async fn run_link(
         mut incoming,
         ..
     } = link;
-    let mut channels = BTreeMap::<Channel, mpsc::UnboundedSender<ToEdge>>::new();
+    let mut channels = BTreeMap::<Channel, queue::Sender<ToEdge>>::new();
     let mut heard = Instant::now();
     let note = |at| *last_heard.lock().unwrap_or_else(PoisonError::into_inner) = at;
     note(heard);
@@ -435,7 +435,7 @@ async fn run_served(link: Link, documents: &Arc<Documents>) -> Result<(), LinkEr
         mut incoming,
         ..
     } = link;
-    let (out, mut queue) = mpsc::unbounded_channel::<Bytes>();
+    let (out, mut queue) = queue::unbounded::<Bytes>();
     let mut attachments = BTreeMap::<Channel, Attachment>::new();
     let mut heard = Instant::now();
     let mut look = interval(PING_EVERY);
@@ -487,7 +487,7 @@ async fn run_served(link: Link, documents: &Arc<Documents>) -> Result<(), LinkEr
 
 fn from_edge(
     documents: &Arc<Documents>,
-    out: &mpsc::UnboundedSender<Bytes>,
+    out: &queue::Sender<Bytes>,
     attachments: &mut BTreeMap<Channel, Attachment>,
     channel: Channel,
     message: ToOwner,

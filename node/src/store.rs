@@ -92,6 +92,19 @@ pub struct Content {
     pub last: Seq,
 }
 
+impl Content {
+    /// The updates that make the document, in order.
+    pub fn parts(&self) -> impl Iterator<Item = &Bytes> {
+        let snapshot = self.snapshot.iter().map(|stored| &stored.bytes);
+        snapshot.chain(self.log.iter().map(|(_, update)| update))
+    }
+
+    /// Their length together.
+    pub fn bytes(&self) -> usize {
+        self.parts().map(Bytes::len).sum()
+    }
+}
+
 /// A snapshot as it lies in the store.
 #[derive(Clone, Debug)]
 pub struct StoredSnapshot {

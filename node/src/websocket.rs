@@ -20,7 +20,7 @@ use hyper_util::rt::TokioIo;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_websockets::{CloseCode, Config, Error, Limits, ServerBuilder, WebSocketStream};
 
-/// A message longer than this is sent in frames of this size.
+/// A message longer than this is sent in frames of this size; as much may wait for the end of a turn.
 const FRAGMENT_BYTES: usize = 64 * 1024;
 /// The code of a close frame without one (RFC 6455 section 7.1.5).
 const NO_STATUS: u16 = 1005;
@@ -102,7 +102,11 @@ pub struct Socket(WebSocketStream<TokioIo<Upgraded>>);
 impl Socket {
     fn new(upgraded: Upgraded) -> Self {
         let builder = ServerBuilder::new()
-            .config(Config::default().frame_size(FRAGMENT_BYTES))
+            .config(
+                Config::default()
+                    .frame_size(FRAGMENT_BYTES)
+                    .flush_threshold(FRAGMENT_BYTES),
+            )
             .limits(Limits::default().max_payload_len(Some(FRAME_BYTES_MAX)));
         Self(builder.serve(TokioIo::new(upgraded)))
     }

@@ -478,13 +478,13 @@ pub(super) fn stored_rows() -> Target {
         generate: Box::new(generate),
         check: |input| {
             let mut rows = read_lines(input);
-            let snapshot = rows.next().unwrap_or_default();
+            let snapshot = Bytes::copy_from_slice(rows.next().unwrap_or_default());
             let log: Vec<_> = (6..)
                 .map(Seq)
                 .zip(rows.map(Bytes::copy_from_slice))
                 .collect();
             let last = log.last().map_or(Seq(5), |(seq, _)| *seq);
-            let opened = Document::open(Epoch(1), Some((Seq(5), snapshot)), &log, last);
+            let opened = Document::open(Epoch(1), Some((Seq(5), &snapshot)), &log, last);
             let Ok(document) = opened else {
                 return false;
             };

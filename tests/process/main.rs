@@ -16,6 +16,7 @@ mod families;
 mod hardship;
 mod hostile;
 mod moves;
+mod newcomers;
 mod peer;
 mod store_conformance;
 mod write_rule;

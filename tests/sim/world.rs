@@ -797,9 +797,7 @@ impl World {
         else {
             return Err("it was never created".to_owned());
         };
-        let snapshot = snapshot
-            .as_ref()
-            .map(|stored| (stored.seq, stored.bytes.as_ref()));
+        let snapshot = snapshot.as_ref().map(|stored| (stored.seq, &stored.bytes));
         let slot = slot_of(document, self.settings.slots);
         let epoch = self.server.database.slots()[usize::from(slot.0)].epoch;
         let opened =

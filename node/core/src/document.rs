@@ -19,8 +19,8 @@ use yrs::{Doc, OffsetKind, Options, ReadTxn, StateVector, Transact, Update};
 
 use crate::ids::{ConnectionId, Epoch, Seq};
 use crate::limits::{
-    AWARENESS_EXPIRY, PRESENCE_PER_CONNECTION_MAX, UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX,
-    UNSAVED_BYTES_MAX, UNSAVED_UPDATES_MAX,
+    AWARENESS_EXPIRY, LARGE_STATE_BYTES, PRESENCE_PER_CONNECTION_MAX, TAIL_UPDATES_MAX,
+    UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX, UNSAVED_BYTES_MAX, UNSAVED_UPDATES_MAX,
 };
 use crate::mutants::Mutant;
 use crate::scan::{self, Novelty, Places};
@@ -29,7 +29,10 @@ use crate::wire::relay::{ToEdge, UpdateKind};
 
 mod past;
 
-use past::Past;
+use past::{Past, Whole};
+
+/// An update without structs and without deletes.
+const NO_EDITS: [u8; 2] = [0, 0];
 
 /// An edge as the owner knows it: one stream of one node, or the owner's own edge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -244,8 +247,16 @@ struct Waiting {
     after: Seq,
     to: EdgeId,
     message: ToEdge,
-    /// Of a step 2: what its client has.
-    since: Option<StateVector>,
+    /// Of a step 2 whose client was not shown the committed state: what it has of that.
+    has: Option<Has>,
+}
+
+/// What a client has of the committed state.
+enum Has {
+    /// What its state vector says.
+    Known(StateVector),
+    /// All that was committed when it asked.
+    All,
 }
 
 impl Document {
@@ -255,10 +266,13 @@ impl Document {
     /// When a row cannot be applied, or leaves a hole: nothing is passed over.
     pub fn open(
         epoch: Epoch,
-        snapshot: Option<(Seq, &[u8])>,
+        snapshot: Option<(Seq, &Bytes)>,
         log: &[(Seq, Bytes)],
         last: Seq,
     ) -> Result<Self, OpenError> {
+        let before = log.first().map_or(last, |(first, _)| Seq(first.0 - 1));
+        let (from, state) =
+            snapshot.map_or((before, Bytes::new()), |(seq, state)| (seq, state.clone()));
         let mut document = Self {
             doc: new_doc(),
             places: Places::default(),
@@ -270,7 +284,7 @@ impl Document {
             sockets: BTreeMap::new(),
             presence: BTreeMap::new(),
             waiting: VecDeque::new(),
-            past: Past::new(snapshot.map_or(&[], |(_, bytes)| bytes)),
+            past: Past::new(from, state),
             uncommitted: VecDeque::new(),
             uncommitted_bytes: 0,
             intake: Intake::Open,
@@ -284,6 +298,9 @@ impl Document {
         for (seq, bytes) in log {
             document.replay(*seq, bytes)?;
             document.past.push(*seq, bytes);
+        }
+        if document.is_large() {
+            document.past.newest().parts();
         }
         Ok(document)
     }
@@ -382,7 +399,7 @@ impl Document {
     /// A snapshot up to this position is stored.
     pub fn set_snapshot(&mut self, seq: Seq, state: Bytes) {
         self.snapshot = self.snapshot.max(seq);
-        self.past.begin_with(seq, state);
+        self.past.begin_with(Whole::new(seq, state));
     }
 
     /// No edge is attached.
@@ -401,6 +418,23 @@ impl Document {
             .transact()
             .encode_state_as_update_v1(&StateVector::default())
             .into()
+    }
+
+    /// As [`Document::encode_state`], and kept: it costs nothing until the document changes.
+    pub fn whole_state(&mut self) -> Bytes {
+        if self.past.newest().seq < self.assigned || self.past.newest().bytes.is_empty() {
+            let mut whole = Whole::new(self.assigned, self.encode_state());
+            if LARGE_STATE_BYTES <= whole.bytes.len() {
+                whole.parts();
+            }
+            self.past.keep(whole, self.committed);
+        }
+        self.past.newest().bytes.clone()
+    }
+
+    /// Its state is so large that what costs a walk over it takes long.
+    pub fn is_large(&self) -> bool {
+        LARGE_STATE_BYTES <= self.past.bytes()
     }
 
     /// The text of one `Y.Text`; empty when there is none.
@@ -478,37 +512,83 @@ impl Document {
 
     fn step2(&mut self, peer: Peer, mut known: StateVector) -> Vec<Effect> {
         let connection = peer.connection;
-        let mut effects = Vec::new();
-        if self.store_away
-            && !self.is_settled()
-            && let Some(committed) = self.past.at(self.committed)
-        {
-            let committed = committed.transact();
-            let update = committed.encode_state_as_update_v1(&known).into();
-            // The rest follows when it is committed, too.
-            known.merge(committed.state_vector());
-            let message = ToEdge::CommittedStep2 { connection, update };
-            effects.push(Effect::Send {
-                to: peer.edge,
-                message,
-            });
-        }
-        let update = self.doc.transact().encode_state_as_update_v1(&known).into();
-        let message = ToEdge::Step2 { connection, update };
-        if self.is_settled() {
-            effects.push(Effect::Send {
-                to: peer.edge,
-                message,
-            });
+        let parts = if self.is_large() {
+            self.lacking_in_parts(&known)
         } else {
+            None
+        };
+        let mut effects = Vec::new();
+        let has_all = parts
+            .as_ref()
+            .is_some_and(|parts| parts[0].0 <= self.committed);
+        let (parts, last) = match parts.map(|mut parts| (parts.pop(), parts)) {
+            Some((Some((_, last)), parts)) => (parts, Some(last)),
+            _ => (Vec::new(), None),
+        };
+        let mut later = Vec::new();
+        for (seq, update) in parts {
+            let part = ToEdge::Part { connection, update };
+            if seq <= self.committed {
+                effects.push(send(peer, part));
+            } else {
+                later.push(part);
+            }
+        }
+        let mut is_shown = false;
+        if self.store_away && !self.is_settled() {
+            // The rest follows when it is committed, too.
+            let update = if has_all {
+                Some(Bytes::from_static(&NO_EDITS))
+            } else {
+                self.past.at(self.committed).map(|committed| {
+                    let committed = committed.transact();
+                    let update = committed.encode_state_as_update_v1(&known).into();
+                    known.merge(committed.state_vector());
+                    update
+                })
+            };
+            is_shown = update.is_some();
+            let step2 = |update| ToEdge::CommittedStep2 { connection, update };
+            effects.extend(update.map(|update| send(peer, step2(update))));
+        }
+        let update =
+            last.unwrap_or_else(|| self.doc.transact().encode_state_as_update_v1(&known).into());
+        let step2 = ToEdge::Step2 { connection, update };
+        if self.is_settled() {
+            effects.push(send(peer, step2));
+            return effects;
+        }
+        let has = if has_all { Has::All } else { Has::Known(known) };
+        let mut has = Some(has).filter(|_| !is_shown);
+        for message in later.into_iter().chain([step2]) {
+            let is_step2 = matches!(message, ToEdge::Step2 { .. });
             self.waiting.push_back(Waiting {
                 after: self.assigned,
                 to: peer.edge,
                 message,
-                since: Some(known).filter(|_| effects.is_empty()),
+                has: has.take_if(|_| is_step2),
             });
         }
         effects
+    }
+
+    /// What a client lacks, as updates that follow each other: of the newest state that is there as bytes, and the log
+    /// after it. Each with the position that must be durable when it is sent.
+    fn lacking_in_parts(&mut self, known: &StateVector) -> Option<Vec<(Seq, Bytes)>> {
+        let newest = self.past.newest();
+        let (seq, bytes_max) = (newest.seq, LARGE_STATE_BYTES.max(newest.bytes.len() / 32));
+        let is_long = {
+            let mut tail = self.past.after(seq).map(|(_, update)| update.len());
+            TAIL_UPDATES_MAX < tail.len() || bytes_max <= tail.by_ref().sum()
+        };
+        if is_long {
+            self.whole_state();
+        }
+        let newest = self.past.newest();
+        let mut parts = vec![(newest.seq, newest.lacking(known)?)];
+        let seq = newest.seq;
+        parts.extend(self.past.after(seq).cloned());
+        Some(parts)
     }
 
     /// Shows the last committed state to those who wait for a later one.
@@ -516,20 +596,21 @@ impl Document {
         self.store_away = true;
         let mut effects = Vec::new();
         for waiting in &mut self.waiting {
-            if let Some(since) = waiting.since.take()
-                && let ToEdge::Step2 { connection, .. } = waiting.message
-                && let Some(committed) = self.past.at(self.committed)
-            {
-                let update = committed.transact().encode_state_as_update_v1(&since);
-                let message = ToEdge::CommittedStep2 {
-                    connection,
-                    update: update.into(),
-                };
-                effects.push(Effect::Send {
-                    to: waiting.to,
-                    message,
-                });
-            }
+            let ToEdge::Step2 { connection, .. } = waiting.message else {
+                continue;
+            };
+            let update = match waiting.has.take() {
+                Some(Has::All) => Some(Bytes::from_static(&NO_EDITS)),
+                Some(Has::Known(known)) => self.past.at(self.committed).map(|committed| {
+                    let committed = committed.transact();
+                    committed.encode_state_as_update_v1(&known).into()
+                }),
+                None => None,
+            };
+            effects.extend(update.map(|update| Effect::Send {
+                to: waiting.to,
+                message: ToEdge::CommittedStep2 { connection, update },
+            }));
         }
         effects
     }
@@ -701,9 +782,9 @@ impl Document {
     fn committed(&mut self, seq: Seq) -> Vec<Effect> {
         self.committed = self.committed.max(seq);
         self.store_away = false;
-        self.past.rest();
+        self.past.committed(self.committed);
         if self.is_settled() && self.past.is_long() {
-            self.past.begin_with(self.committed, self.encode_state());
+            self.whole_state();
         }
         let mut effects = Vec::new();
         while let Some(Waiting { to, message, .. }) = self
@@ -885,7 +966,7 @@ impl Document {
             after: self.assigned,
             to,
             message,
-            since: None,
+            has: None,
         });
         None
     }
@@ -989,14 +1070,16 @@ enum Admission {
 }
 
 fn refuse(peer: Peer, reason: String) -> Vec<Effect> {
-    let message = ToEdge::Refused {
-        connection: peer.connection,
-        reason,
-    };
-    vec![Effect::Send {
+    let connection = peer.connection;
+    vec![send(peer, ToEdge::Refused { connection, reason })]
+}
+
+/// To the edge that has the socket.
+const fn send(peer: Peer, message: ToEdge) -> Effect {
+    Effect::Send {
         to: peer.edge,
         message,
-    }]
+    }
 }
 
 /// A document that counts text as Yjs does, in UTF-16 units.
@@ -1337,15 +1420,97 @@ mod tests {
         document.handle(update(ALICE, 5, &typist.types("unsaved")));
         document.handle(Input::StoreAway);
         let effects = document.handle(step1(ALICE));
-        let Effect::Send {
-            message: ToEdge::CommittedStep2 { update, .. },
-            ..
-        } = &effects[0]
-        else {
-            panic!("a committed step 2, not {effects:?}");
-        };
-        assert_eq!(text_of(&[update]), format!("ab{}", big.repeat(3)));
+        let shown = told(&effects);
+        let shown: Vec<&Bytes> = shown.iter().map(|(_, update)| *update).collect();
+        assert_eq!(text_of(&shown), format!("ab{}", big.repeat(3)));
         drop(first);
+    }
+
+    #[test]
+    fn a_large_document_is_encoded_once_for_all_who_come_and_what_follows_is_sent_as_it_was_logged()
+    {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        let large = typist.types(&"x".repeat(LARGE_STATE_BYTES));
+        document.handle(update(ALICE, 2, &large));
+        assert_eq!(document.handle(step1(BOB)), [], "it is not committed");
+        let effects = document.handle(committed(1));
+        let [
+            _,
+            Effect::Send {
+                message: ToEdge::Step2 { update: first, .. },
+                ..
+            },
+        ] = effects.as_slice()
+        else {
+            panic!("a receipt and a step 2, not {effects:?}");
+        };
+        let effects = document.handle(step1(BOB));
+        let [("step 2", again)] = told(&effects)[..] else {
+            panic!("a step 2, not {effects:?}");
+        };
+        assert_eq!(first.as_ptr(), again.as_ptr(), "the same memory");
+
+        let second = typist.types("second");
+        document.handle(update(ALICE, 3, &second));
+        let effects = document.handle(step1(BOB));
+        assert_eq!(told(&effects), [("part", first)]);
+        document.handle(update(ALICE, 4, &typist.types("third")));
+        let effects = document.handle(committed(2));
+        assert_eq!(told(&effects), [("step 2", &second)]);
+
+        let effects = document.handle(step1(BOB));
+        assert_eq!(told(&effects), [("part", first), ("part", &second)]);
+        let nothing = Bytes::from_static(NOTHING);
+        let effects = document.handle(Input::StoreAway);
+        assert_eq!(told(&effects), [("committed step 2", &nothing)]);
+        let effects = document.handle(step1(BOB));
+        let shown = [
+            ("part", first),
+            ("part", &second),
+            ("committed step 2", &nothing),
+        ];
+        assert_eq!(told(&effects), shown);
+        let effects = document.handle(committed(3));
+        assert_eq!(told(&effects).len(), 2, "the rest for both: {effects:?}");
+    }
+
+    #[test]
+    fn a_long_tail_of_a_large_document_is_encoded_with_it() {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        document.handle(update(
+            ALICE,
+            2,
+            &typist.types(&"x".repeat(LARGE_STATE_BYTES)),
+        ));
+        let mut bob = Typist::new(2);
+        bob.receives(&typist.everything());
+        document.handle(step1(BOB));
+        for number in 0..=TAIL_UPDATES_MAX as u64 {
+            document.handle(update(ALICE, 3 + number, &typist.types("y")));
+        }
+        document.handle(committed(2 + i64::try_from(TAIL_UPDATES_MAX).unwrap()));
+        let effects = document.handle(step1(BOB));
+        let [("step 2", state)] = told(&effects)[..] else {
+            panic!("one step 2, not {effects:?}");
+        };
+        assert_eq!(text_of(&[state]), document.text("quill"));
+
+        // Who lacks little is sent little, and the deletes.
+        document.handle(update(ALICE, 99, &typist.deletes(0, 1)));
+        document.handle(committed(3 + i64::try_from(TAIL_UPDATES_MAX).unwrap()));
+        let effects = document.handle(Input::Step1 {
+            peer: BOB,
+            state_vector: bob.state_vector(),
+        });
+        let parts = told(&effects);
+        assert_eq!(parts.len(), 2, "{effects:?}");
+        for (_, update) in parts {
+            assert!(update.len() < 200);
+            bob.receives(update);
+        }
+        assert_eq!(text_of(&[&bob.everything()]), document.text("quill"));
     }
 
     #[test]
@@ -1655,6 +1820,21 @@ mod tests {
         }
         let quill = reader.0.get_or_insert_text("quill");
         quill.get_string(&reader.0.transact())
+    }
+
+    /// What a newcomer is sent, in order.
+    fn told(effects: &[Effect]) -> Vec<(&'static str, &Bytes)> {
+        let sent = effects.iter().filter_map(|effect| match effect {
+            Effect::Send { message, .. } => Some(message),
+            _ => None,
+        });
+        sent.filter_map(|message| match message {
+            ToEdge::Part { update, .. } => Some(("part", update)),
+            ToEdge::CommittedStep2 { update, .. } => Some(("committed step 2", update)),
+            ToEdge::Step2 { update, .. } => Some(("step 2", update)),
+            _ => None,
+        })
+        .collect()
     }
 
     /// An empty document with both sockets joined and their first answers received.

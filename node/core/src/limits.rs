@@ -101,6 +101,10 @@ pub const UNSAVED_UPDATES_MAX: usize = 8_000;
 pub const UNSAVED_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of updates that are kept beside a state until a new state takes their place; or twice those of the state.
 pub const PAST_BYTES_MIN: usize = 256 * 1024;
+/// A document of this size is sent to newcomers as the bytes lie, not as the CRDT encodes it anew for each.
+pub const LARGE_STATE_BYTES: usize = 64 * 1024;
+/// Updates after an encoded state that a newcomer is sent one by one; with more the state is encoded anew.
+pub const TAIL_UPDATES_MAX: usize = 64;
 /// Frames that may wait for a socket before it gets the difference instead.
 pub const SOCKET_QUEUE_FRAMES_MAX: usize = 8_192;
 /// Bytes that may wait for a socket before it gets the difference instead.

@@ -19,6 +19,7 @@
 //! but the first of a session are, is scanned without allocation, unless it has an embed or a format.
 
 mod causal;
+mod cut;
 mod places;
 mod structs;
 mod tails;
@@ -28,6 +29,7 @@ use smallvec::SmallVec;
 use crate::limits::{STATE_VECTOR_CLIENTS_MAX, UPDATE_DELETE_RANGES_MAX, UPDATE_STRUCTS_MAX};
 
 pub use causal::{Gap, Novelty};
+pub use cut::Parts;
 pub use places::{Conflict, Misplaced, Places};
 pub use structs::Id;
 use structs::{Pass, Source};

@@ -102,7 +102,7 @@ const READER: Peer = Peer {
 
 /// A document to read rows into. `None`: the snapshot cannot be opened.
 fn open(snapshot: Option<&StoredRow>) -> Option<Document> {
-    let snapshot = snapshot.map(|row| (row.seq, row.bytes.as_ref()));
+    let snapshot = snapshot.map(|row| (row.seq, &row.bytes));
     let last = snapshot.map_or(Seq(0), |(seq, _)| seq);
     let opened = catch_unwind(AssertUnwindSafe(|| {
         let document = Document::open(Epoch(0), snapshot, &[], last).ok()?;

@@ -15,7 +15,7 @@ pub(super) fn good_part(epoch: Epoch, content: &Content) -> Document {
     let snapshot = content
         .snapshot
         .as_ref()
-        .map(|stored| (stored.seq, stored.bytes.as_ref()));
+        .map(|stored| (stored.seq, &stored.bytes));
     let open = |rows: usize| {
         let last = Seq(before + i64::try_from(rows).unwrap_or(i64::MAX));
         let open = || Document::open(epoch, snapshot, &content.log[..rows], last);

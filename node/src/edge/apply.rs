@@ -8,13 +8,14 @@ use collab_core::ids::DocumentId;
 use collab_core::scan::{self, Scan};
 use collab_core::wire::relay::UpdateKind;
 use collab_core::wire::y_websocket::{self, Message};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use yrs::updates::decoder::Decode;
 use yrs::{ClientID, StateVector};
 
+use super::outbox::{Outbox, Taken, Taker};
 use super::room::{FromSocket, NO_EDITS};
-use super::{CLOSE_POLICY, Close, Edge, Family, Line, Membership, Visitor};
+use super::{CLOSE_POLICY, Edge, Family, Line, Membership, Visitor};
 
 /// How long a receipt is waited for, also while the document moves.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -60,16 +61,13 @@ impl Edge {
         if update.as_ref() == NO_EDITS {
             return Ok(());
         }
-        let (out, queue) = mpsc::unbounded_channel();
-        let (ends, ended) = mpsc::unbounded_channel();
+        let (out, taker) = Outbox::new();
         let line = Line {
             out,
-            backlog: Arc::default(),
-            ends,
             credit: Arc::new(Semaphore::new(1)),
         };
         let membership = self.join(document, visitor, Family::YWebsocket, line);
-        let saved = until_saved(&membership, &scan, &update, queue, ended);
+        let saved = until_saved(&membership, &scan, &update, taker);
         timeout(PATIENCE, saved)
             .await
             .unwrap_or(Err(ApplyError::Unknown))
@@ -81,39 +79,41 @@ async fn until_saved(
     membership: &Membership,
     scan: &Scan<'_>,
     update: &Bytes,
-    mut queue: mpsc::UnboundedReceiver<Bytes>,
-    mut ended: mpsc::UnboundedReceiver<(collab_core::ids::ConnectionId, Close)>,
+    taker: Taker,
 ) -> Result<(), ApplyError> {
+    let mut frames = Vec::new();
     loop {
-        let frame = tokio::select! {
-            Some((_, close)) = ended.recv() => {
-                return Err(match close.code {
-                    CLOSE_POLICY => ApplyError::Invalid(close.reason),
-                    _ => ApplyError::Unknown,
-                });
-            }
-            frame = queue.recv() => frame.ok_or(ApplyError::Unknown)?,
-        };
-        for message in y_websocket::parse(&frame) {
-            match message {
-                Ok(Message::SyncStep1 { state_vector }) => {
-                    let known = StateVector::decode_v1(state_vector).unwrap_or_default();
-                    if let Some(gap) = scan.missing(|client| known.get(&ClientID::new(client))) {
-                        let (client, clock) = (gap.client, gap.clock);
-                        return Err(ApplyError::Gap { client, clock });
+        if let Taken::End(_, close) = taker.take(&mut frames).await {
+            return Err(match close.code {
+                CLOSE_POLICY => ApplyError::Invalid(close.reason),
+                _ => ApplyError::Unknown,
+            });
+        }
+        for frame in frames.drain(..) {
+            for message in y_websocket::parse(&frame) {
+                match message {
+                    Ok(Message::SyncStep1 { state_vector }) => {
+                        let known = StateVector::decode_v1(state_vector).unwrap_or_default();
+                        if let Some(gap) = scan.missing(|client| known.get(&ClientID::new(client)))
+                        {
+                            let (client, clock) = (gap.client, gap.clock);
+                            return Err(ApplyError::Gap { client, clock });
+                        }
+                        let _ = membership.room.send(FromSocket::Update {
+                            connection: membership.connection,
+                            kind: UpdateKind::Step2,
+                            update: update.clone(),
+                        });
                     }
-                    let _ = membership.room.send(FromSocket::Update {
-                        connection: membership.connection,
-                        kind: UpdateKind::Step2,
-                        update: update.clone(),
-                    });
+                    // It asked for nothing else: this is its own, come back.
+                    Ok(Message::Update { update: saved }) if saved == update.as_ref() => {
+                        return Ok(());
+                    }
+                    Ok(Message::PermissionDenied { reason }) => {
+                        return Err(ApplyError::Denied(reason.to_owned()));
+                    }
+                    _ => {}
                 }
-                // It asked for nothing else: this is its own, come back.
-                Ok(Message::Update { update: saved }) if saved == update.as_ref() => return Ok(()),
-                Ok(Message::PermissionDenied { reason }) => {
-                    return Err(ApplyError::Denied(reason.to_owned()));
-                }
-                _ => {}
             }
         }
     }

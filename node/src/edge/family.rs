@@ -4,9 +4,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use collab_core::wire::hocuspocus::{self, Scope, Status};
+use collab_core::wire::relay::UpdateKind;
 use collab_core::wire::{y_sweet, y_websocket};
 
 use super::Access;
+
+/// A smaller update is framed for each.
+const SHARED_BYTES_MIN: usize = 4096;
 
 /// A family of clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,24 +87,16 @@ impl Family {
     }
 }
 
-/// What many sockets are told: encoded once for all that take the same bytes.
-pub(super) struct Shared<'a> {
-    told: Told<'a>,
+/// The frames of one thing that many sockets are told: encoded once for all that take the same bytes.
+#[derive(Debug, Default)]
+pub(super) struct Frames {
     plain: Option<Bytes>,
     addressed: Option<(Arc<str>, Bytes)>,
 }
 
-impl<'a> Shared<'a> {
-    pub(super) fn new(told: Told<'a>) -> Self {
-        Self {
-            told,
-            plain: None,
-            addressed: None,
-        }
-    }
-
-    /// As [`Family::frame`].
-    pub(super) fn frame(&mut self, family: &Family) -> Option<Bytes> {
+impl Frames {
+    /// As [`Family::frame`], of what is always the same.
+    pub(super) fn frame(&mut self, family: &Family, told: Told<'_>) -> Option<Bytes> {
         match (family, &self.plain, &self.addressed) {
             (Family::YWebsocket | Family::YSweet, Some(frame), _) => return Some(frame.clone()),
             (Family::Hocuspocus { address }, _, Some((known, frame))) if known == address => {
@@ -108,7 +104,7 @@ impl<'a> Shared<'a> {
             }
             _ => {}
         }
-        let frame = family.frame(self.told)?;
+        let frame = family.frame(told)?;
         match family {
             Family::YWebsocket | Family::YSweet => self.plain = Some(frame.clone()),
             Family::Hocuspocus { address } => {
@@ -116,6 +112,72 @@ impl<'a> Shared<'a> {
             }
         }
         Some(frame)
+    }
+}
+
+/// What many sockets are told at once.
+pub(super) struct Shared<'a> {
+    told: Told<'a>,
+    frames: Frames,
+}
+
+impl<'a> Shared<'a> {
+    pub(super) fn new(told: Told<'a>) -> Self {
+        let frames = Frames::default();
+        Self { told, frames }
+    }
+
+    /// As [`Family::frame`].
+    pub(super) fn frame(&mut self, family: &Family) -> Option<Bytes> {
+        self.frames.frame(family, self.told)
+    }
+}
+
+/// Updates that newcomers are sent one after the other, each framed once as long as it is here.
+#[derive(Debug, Default)]
+pub(super) struct Recent(Vec<Framed>);
+
+#[derive(Debug)]
+struct Framed {
+    /// Held, so that nothing else comes to lie where it is.
+    update: Bytes,
+    is_step2: bool,
+    frames: Frames,
+}
+
+impl Recent {
+    /// As [`Family::frame`]. The same bytes are told by what lies at the same place.
+    pub(super) fn frame(
+        &mut self,
+        family: &Family,
+        update: &Bytes,
+        kind: UpdateKind,
+    ) -> Option<Bytes> {
+        let (told, is_step2) = match kind {
+            UpdateKind::Step2 => (Told::Step2(update), true),
+            UpdateKind::Update => (Told::Update(update), false),
+        };
+        if update.len() < SHARED_BYTES_MIN {
+            return family.frame(told);
+        }
+        let same = |framed: &Framed| {
+            let (one, other) = (&framed.update, update);
+            (one.as_ptr(), one.len(), framed.is_step2) == (other.as_ptr(), other.len(), is_step2)
+        };
+        let known = self.0.iter().position(same).unwrap_or_else(|| {
+            self.0.push(Framed {
+                update: update.clone(),
+                is_step2,
+                frames: Frames::default(),
+            });
+            self.0.len() - 1
+        });
+        self.0[known].frames.frame(family, told)
+    }
+
+    /// Lets go of all.
+    pub(super) fn clear(&mut self) {
+        self.0 = Vec::new();
     }
 }
 
@@ -145,6 +207,22 @@ mod tests {
         );
         assert_eq!(plain, y_websocket::update(&[1, 2, 3]));
         assert_eq!(first, hocuspocus::update("a", &[1, 2, 3]));
+    }
+
+    #[test]
+    fn an_update_for_several_newcomers_is_framed_once_as_what_it_is() {
+        let mut recent = Recent::default();
+        let update = Bytes::from(vec![1; SHARED_BYTES_MIN]);
+        let mut frame =
+            |update: &Bytes, kind| recent.frame(&Family::YWebsocket, update, kind).unwrap();
+        let first = frame(&update, UpdateKind::Step2);
+        assert_eq!(first, y_websocket::sync_step2(&update));
+        let again = frame(&update.clone(), UpdateKind::Step2);
+        assert_eq!(first.as_ptr(), again.as_ptr());
+        let part = frame(&update, UpdateKind::Update);
+        assert_eq!(part, y_websocket::update(&update));
+        let other = frame(&Bytes::from(vec![2; SHARED_BYTES_MIN]), UpdateKind::Step2);
+        assert_ne!(first, other);
     }
 
     #[test]

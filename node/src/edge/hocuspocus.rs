@@ -270,10 +270,10 @@ impl Hocuspocus {
     }
 
     fn put(&self, frame: Bytes) -> Result<(), Close> {
-        if self.line.backlog.is_full() {
+        if self.line.out.is_full() {
             return Err(Close::new(CLOSE_TRY_AGAIN, "this socket is too slow"));
         }
-        self.line.put(frame);
+        self.line.out.put(frame);
         Ok(())
     }
 
@@ -290,7 +290,7 @@ impl Hocuspocus {
             } else if until <= now + RENEW_BEFORE && !held.asked_for_token {
                 held.asked_for_token = true;
                 let frame = hocuspocus::token_request(address);
-                self.line.put(frame);
+                self.line.out.put(frame);
             }
         }
         for address in ended {

@@ -20,18 +20,18 @@ use collab_core::scan;
 use collab_core::wire::hocuspocus::Status;
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable, UpdateKind};
 use collab_core::wire::y_websocket::Message;
-use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
 use yrs::{ClientID, StateVector};
 
-use super::family::{Family, Shared, Told};
+use super::family::{Family, Recent, Shared, Told};
 use super::pace::Pace;
 use super::{Access, CLOSE_POLICY, CLOSE_TRY_AGAIN, Close, Edge, Line, Visitor};
 use crate::documents::{Attachment, EdgeSender};
 use crate::peers::RemoteChannel;
+use crate::queue;
 
 /// Before an owner that did not answer, or is not one yet, is tried again.
 const RETRY: Duration = Duration::from_millis(50);
@@ -154,14 +154,16 @@ pub(super) struct Room {
     document: DocumentId,
     slot: Slot,
     id: u64,
-    inputs: mpsc::UnboundedReceiver<FromSocket>,
-    own_inputs: mpsc::WeakUnboundedSender<FromSocket>,
+    inputs: queue::Receiver<FromSocket>,
+    own_inputs: queue::WeakSender<FromSocket>,
     sockets: BTreeMap<ConnectionId, Socket>,
     upstream: Option<Upstream>,
     retry_at: Instant,
     /// An owner of an earlier epoch is none any more, whatever the map still shows; for a while, since who said so may have
     /// spoken of another slot of a document that was pinned.
     least_epoch: (Epoch, Instant),
+    /// What newcomers were sent a moment ago.
+    recent: Recent,
     /// What every synced socket has.
     delivered: StateVector,
     /// Edits that wait until the catch-up is here: without it they have holes before them.
@@ -184,7 +186,7 @@ pub(super) struct Room {
 /// The channel to the owner.
 struct Upstream {
     to: ToOwnerSender,
-    from: mpsc::UnboundedReceiver<ToEdge>,
+    from: queue::Receiver<ToEdge>,
     owner: Uuid,
     epoch: Epoch,
     /// The owner's state vector, which the catch-up brings every socket to.
@@ -293,8 +295,8 @@ impl Room {
         edge: Arc<Edge>,
         document: DocumentId,
         id: u64,
-        inputs: mpsc::UnboundedReceiver<FromSocket>,
-        own_inputs: mpsc::WeakUnboundedSender<FromSocket>,
+        inputs: queue::Receiver<FromSocket>,
+        own_inputs: queue::WeakSender<FromSocket>,
     ) -> Self {
         let slot = edge.members.slot_of(&document);
         Self {
@@ -308,6 +310,7 @@ impl Room {
             upstream: None,
             retry_at: Instant::now(),
             least_epoch: (Epoch(0), Instant::now()),
+            recent: Recent::default(),
             delivered: StateVector::default(),
             catching_up: None,
             denied: None,
@@ -343,6 +346,7 @@ impl Room {
                 () = sleep_until(retry_at), if self.upstream.is_none() => {}
                 _ = tick.tick() => {
                     self.keep_alive();
+                    self.recent.clear();
                     self.send_late_presence();
                     let empty = self.sockets.is_empty() && self.outlived.is_empty() && TICK <= self.empty_since.elapsed();
                     if empty && self.edge.leave_table(&self.document, self.id, &self.inputs) {
@@ -376,7 +380,7 @@ impl Room {
         };
         self.catching_up = synced.then(Vec::new);
         let (to, from) = if owner.incarnation == self.edge.members.incarnation() {
-            let (sender, from) = mpsc::unbounded_channel();
+            let (sender, from) = queue::unbounded();
             let attachment =
                 self.edge
                     .documents
@@ -454,13 +458,7 @@ impl Room {
     fn owner_says(&mut self, message: ToEdge) {
         match message {
             ToEdge::Attached { state_vector, .. } => {
-                self.deleted = false;
-                if self.denied.take().is_some() {
-                    for socket in self.sockets.values_mut() {
-                        let access = socket.visitor.access;
-                        socket.tell(Told::Granted(access));
-                    }
-                }
+                self.served();
                 self.set_read_only();
                 let state_vector = StateVector::decode_v1(&state_vector).unwrap_or_default();
                 if self.catching_up.is_none() {
@@ -497,12 +495,18 @@ impl Room {
                 socket.release_credit();
                 socket.tell(Told::Step1(&state_vector));
             }),
+            ToEdge::Part { connection, update } => {
+                self.served();
+                if let Some(socket) = self.sockets.get_mut(&connection) {
+                    socket.begin_sync(&update, &mut self.recent);
+                }
+            }
             ToEdge::Step2 { connection, update } => {
-                self.with(connection, |socket| socket.sync(&update, Sync::Whole));
+                self.sync(connection, &update, Sync::Whole);
                 self.ask_again(connection);
             }
             ToEdge::CommittedStep2 { connection, update } => {
-                self.with(connection, |socket| socket.sync(&update, Sync::Committed));
+                self.sync(connection, &update, Sync::Committed);
             }
             ToEdge::Pause | ToEdge::Resume => {
                 self.paused = message == ToEdge::Pause;
@@ -557,6 +561,24 @@ impl Room {
         self.delivered = StateVector::default();
     }
 
+    /// The document is there. Newcomers may get what is stored of it before it is open.
+    fn served(&mut self) {
+        self.deleted = false;
+        if self.denied.take().is_some() {
+            for socket in self.sockets.values_mut() {
+                let access = socket.visitor.access;
+                socket.tell(Told::Granted(access));
+            }
+        }
+    }
+
+    fn sync(&mut self, connection: ConnectionId, update: &Bytes, sync: Sync) {
+        self.served();
+        if let Some(socket) = self.sockets.get_mut(&connection) {
+            socket.sync(update, sync, &mut self.recent);
+        }
+    }
+
     /// Tells clients that their edits are refused, or are not any more.
     fn set_read_only(&mut self) {
         let coming = self.coming_read_only.take();
@@ -593,7 +615,7 @@ impl Room {
             }
             match socket.feed {
                 Feed::Held => socket.hold(shared.frame(&socket.family)),
-                Feed::Live if socket.line.backlog.is_full() => {
+                Feed::Live if socket.line.out.is_full() => {
                     self.edge.metrics.sockets_behind.inc();
                     socket.fall_behind(&self.delivered, &self.own_inputs);
                 }
@@ -736,7 +758,8 @@ impl Room {
         let Some(socket) = self.sockets.get_mut(&connection) else {
             return;
         };
-        socket.awareness = Some(payload.clone());
+        // The frame that it lies in may hold much more memory.
+        socket.awareness = Some(Bytes::copy_from_slice(&payload));
         let bytes = u32::try_from(payload.len()).unwrap_or(u32::MAX);
         socket.presence_waits = !socket.presence.take(bytes, Instant::now());
         if !socket.presence_waits {
@@ -944,12 +967,24 @@ impl Socket {
 
     fn put(&mut self, frame: Bytes) {
         self.last_out = Instant::now();
-        self.line.put(frame);
+        self.line.out.put(frame);
+    }
+
+    /// Sends a part of what comes before a step 2.
+    fn begin_sync(&mut self, update: &Bytes, recent: &mut Recent) {
+        // Who is behind asks again.
+        if self.feed != Feed::Behind
+            && let Some(frame) = recent.frame(&self.family, update, UpdateKind::Update)
+        {
+            self.put(frame);
+        }
     }
 
     /// Sends a step 2 and what waited for it.
-    fn sync(&mut self, update: &Bytes, sync: Sync) {
-        self.tell(Told::Step2(update));
+    fn sync(&mut self, update: &Bytes, sync: Sync, recent: &mut Recent) {
+        if let Some(frame) = recent.frame(&self.family, update, UpdateKind::Step2) {
+            self.put(frame);
+        }
         match self.feed {
             Feed::Held | Feed::Live => self.feed = Feed::Live,
             // These ask again.
@@ -981,17 +1016,13 @@ impl Socket {
 
     /// Leaves edits out from here on; `delivered` is what the client has once it has taken what waits for it,
     /// which `room` is told.
-    fn fall_behind(
-        &mut self,
-        delivered: &StateVector,
-        room: &mpsc::WeakUnboundedSender<FromSocket>,
-    ) {
+    fn fall_behind(&mut self, delivered: &StateVector, room: &queue::WeakSender<FromSocket>) {
         // It may lack part of that, if its whole step 2 is still to come.
         self.step1
             .get_or_insert_with(|| delivered.encode_v1().into());
         self.feed = Feed::Behind;
         if let Some(room) = room.upgrade() {
-            self.line.backlog.awaited().push((room, self.connection));
+            self.line.out.tell_when_sent(room, self.connection);
         }
         // All of it may have been sent just now: there must be an end that is seen.
         self.tell(Told::Alive);
@@ -1013,7 +1044,7 @@ impl Socket {
     fn kick(&mut self, code: u16, reason: &str) {
         if !std::mem::replace(&mut self.ended, true) {
             let close = Close::new(code, reason);
-            let _ = self.line.ends.send((self.connection, close));
+            self.line.out.end(self.connection, close);
         }
     }
 
@@ -1220,8 +1251,10 @@ async fn next(upstream: &mut Option<Upstream>) -> Option<ToEdge> {
 #[cfg(test)]
 mod tests {
     use collab_core::wire::{hocuspocus, y_sweet, y_websocket};
+    use futures::FutureExt;
     use tokio::sync::Semaphore;
 
+    use super::super::outbox::{Outbox, Taken, Taker};
     use super::*;
 
     #[test]
@@ -1242,12 +1275,12 @@ mod tests {
 
     #[test]
     fn a_socket_gets_what_it_is_owed_once_and_in_order() {
-        let (mut socket, mut queue) = socket(Family::YWebsocket, Access::Write);
+        let (mut socket, queue) = socket(Family::YWebsocket, Access::Write);
         for byte in 1..=3 {
             socket.take_update(UpdateKind::Update, &update(byte), true);
         }
         socket.ask_receipt(Bytes::from_static(b"\x01\x03"));
-        let mut sent = || std::iter::from_fn(|| queue.try_recv().ok()).collect::<Vec<_>>();
+        let sent = || std::iter::from_fn(|| queue.try_take()).collect::<Vec<_>>();
         socket.receipted(2, &seconds());
         assert_eq!(
             sent(),
@@ -1267,19 +1300,19 @@ mod tests {
 
     #[test]
     fn a_deletion_in_an_answer_is_receipted_as_any_edit() {
-        let (mut socket, mut queue) = socket(Family::YWebsocket, Access::Write);
+        let (mut socket, queue) = socket(Family::YWebsocket, Access::Write);
         let deletes = Bytes::from_static(&[0, 1, 1, 1, 0, 1]);
         socket.take_update(UpdateKind::Step2, &deletes, true);
         socket.take_update(UpdateKind::Step2, &Bytes::from_static(&NO_EDITS), true);
         socket.receipted(2, &seconds());
-        assert_eq!(queue.try_recv(), Ok(y_websocket::update(&deletes)));
-        assert!(queue.try_recv().is_err());
+        assert_eq!(queue.try_take(), Some(y_websocket::update(&deletes)));
+        assert!(queue.try_take().is_none());
     }
 
     #[test]
     fn a_client_that_counts_gets_one_status_for_its_handshake_and_one_for_each_change() {
-        let (mut socket, mut queue) = hocuspocus(Access::Write);
-        let mut sent = || std::iter::from_fn(|| queue.try_recv().ok()).collect::<Vec<_>>();
+        let (mut socket, queue) = hocuspocus(Access::Write);
+        let sent = || std::iter::from_fn(|| queue.try_take()).collect::<Vec<_>>();
         let saved = hocuspocus::sync_status("notes", Status::Saved);
         socket.begin(Bytes::from_static(&[0]), 0);
         socket.receipted(0, &seconds());
@@ -1304,17 +1337,17 @@ mod tests {
 
     #[test]
     fn changes_before_access_was_granted_are_counted_too() {
-        let (mut socket, mut queue) = hocuspocus(Access::Write);
+        let (mut socket, queue) = hocuspocus(Access::Write);
         socket.begin(Bytes::from_static(&[0]), 2);
         socket.take_update(UpdateKind::Step2, &update(1), true);
         socket.receipted(1, &seconds());
-        assert_eq!(std::iter::from_fn(|| queue.try_recv().ok()).count(), 3);
+        assert_eq!(std::iter::from_fn(|| queue.try_take()).count(), 3);
     }
 
     #[test]
     fn a_readers_change_is_never_receipted_before_it_may_write() {
-        let (mut socket, mut queue) = hocuspocus(Access::Read);
-        let mut sent = || std::iter::from_fn(|| queue.try_recv().ok()).collect::<Vec<_>>();
+        let (mut socket, queue) = hocuspocus(Access::Read);
+        let sent = || std::iter::from_fn(|| queue.try_take()).collect::<Vec<_>>();
         let (saved, refused) = (
             hocuspocus::sync_status("notes", Status::Saved),
             hocuspocus::sync_status("notes", Status::Refused),
@@ -1344,51 +1377,58 @@ mod tests {
 
     #[test]
     fn a_client_that_closes_silent_sockets_hears_something_while_its_receipt_waits() {
-        let (mut socket, mut queue) = socket(Family::YSweet, Access::Write);
+        let (mut socket, queue) = socket(Family::YSweet, Access::Write);
         socket.take_update(UpdateKind::Step2, &update(1), true);
         socket.ask_receipt(Bytes::from_static(&[0]));
         assert_eq!(
-            queue.try_recv(),
-            Ok(Bytes::from_static(y_websocket::KEEPALIVE))
+            queue.try_take(),
+            Some(Bytes::from_static(y_websocket::KEEPALIVE))
         );
         socket.receipted(1, &seconds());
-        assert_eq!(queue.try_recv(), Ok(y_sweet::saved(&[0])));
-        assert!(queue.try_recv().is_err(), "it takes no echo");
+        assert_eq!(queue.try_take(), Some(y_sweet::saved(&[0])));
+        assert!(queue.try_take().is_none(), "it takes no echo");
     }
 
     #[test]
     fn a_room_that_ends_without_a_word_closes_its_sockets() {
-        let (ends, mut ended) = mpsc::unbounded_channel();
-        let (socket, _queue) = socket_on(ends, Family::YWebsocket, Access::Write);
+        let (socket, queue) = socket(Family::YWebsocket, Access::Write);
         drop(socket);
-        let (connection, close) = ended.try_recv().unwrap();
+        let taken = queue.take(&mut Vec::new()).now_or_never();
+        let Some(Taken::End(connection, close)) = taken else {
+            panic!("an end, not {taken:?}");
+        };
         assert_eq!((connection, close.code), (CONNECTION, CLOSE_TRY_AGAIN));
     }
 
     #[test]
     fn a_socket_that_cannot_follow_is_sent_one_difference_when_it_has_caught_up() {
-        let (mut socket, mut queue) = socket(Family::YWebsocket, Access::Write);
-        let (room, mut told) = mpsc::unbounded_channel();
+        let (mut socket, queue) = socket(Family::YWebsocket, Access::Write);
+        let (room, mut told) = queue::unbounded();
         socket.feed = Feed::Live;
         let delivered = StateVector::from_iter([(ClientID::new(1), 7)]);
-        while !socket.line.backlog.is_full() {
+        while !socket.line.out.is_full() {
             socket.put(Bytes::from_static(&[0; 4096]));
         }
         socket.fall_behind(&delivered, &room.downgrade());
         assert_eq!(socket.step1, Some(delivered.encode_v1().into()));
-        let frames: Vec<Bytes> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+        let mut frames = Vec::new();
+        queue.take(&mut frames).now_or_never();
         let bytes = |frames: &[Bytes]| frames.iter().map(Bytes::len).sum();
         let (most, last) = frames.split_at(frames.len() - 1);
-        socket.line.backlog.sent(most.len(), bytes(most));
+        queue.sent(most.len(), bytes(most), &mut Vec::new());
         assert!(told.try_recv().is_err());
-        socket.line.backlog.sent(1, bytes(last));
+        queue.sent(1, bytes(last), &mut Vec::new());
         assert!(matches!(told.try_recv(), Ok(FromSocket::Drained { .. })));
-        assert!(!socket.line.backlog.is_full());
+        assert!(!socket.line.out.is_full());
         // The room asks for it from there on, and edits wait until it is here.
         socket.feed = Feed::Held;
         socket.hold(Some(Bytes::from_static(b"edit")));
-        socket.sync(&Bytes::from_static(b"difference"), Sync::Whole);
-        let sent: Vec<Bytes> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+        socket.sync(
+            &Bytes::from_static(b"difference"),
+            Sync::Whole,
+            &mut Recent::default(),
+        );
+        let sent: Vec<Bytes> = std::iter::from_fn(|| queue.try_take()).collect();
         let difference = y_websocket::sync_step2(b"difference");
         assert_eq!(sent, [difference, Bytes::from_static(b"edit")]);
         assert!(socket.feed == Feed::Live && socket.step1.is_none());
@@ -1400,9 +1440,17 @@ mod tests {
         socket.step1 = Some(Bytes::from_static(&[0]));
         socket.hold(Some(Bytes::from(vec![0; SOCKET_QUEUE_BYTES_MAX + 1])));
         assert!(socket.held.is_empty());
-        socket.sync(&Bytes::from_static(b"old"), Sync::Whole);
+        socket.sync(
+            &Bytes::from_static(b"old"),
+            Sync::Whole,
+            &mut Recent::default(),
+        );
         assert!(socket.feed == Feed::Held && socket.step1.is_some());
-        socket.sync(&Bytes::from_static(b"new"), Sync::Whole);
+        socket.sync(
+            &Bytes::from_static(b"new"),
+            Sync::Whole,
+            &mut Recent::default(),
+        );
         assert!(socket.feed == Feed::Live && socket.step1.is_none());
     }
 
@@ -1435,50 +1483,40 @@ mod tests {
 
     #[test]
     fn an_edit_of_a_damaged_document_is_in_no_receipt_before_the_repair() {
-        let (mut socket, mut queue) = socket(Family::YSweet, Access::Write);
+        let (mut socket, queue) = socket(Family::YSweet, Access::Write);
         (socket.sent, socket.durable) = (1, 1);
         socket.tell_read_only(Some("damaged"));
         assert_eq!(
-            queue.try_recv(),
-            Ok(y_websocket::permission_denied("damaged"))
+            queue.try_take(),
+            Some(y_websocket::permission_denied("damaged"))
         );
         socket.refuse_update();
         socket.ask_receipt(Bytes::from_static(b"\x02"));
         socket.receipted(1, &seconds());
         let alive = Bytes::from_static(y_websocket::KEEPALIVE);
-        assert_eq!(queue.try_recv(), Ok(alive));
-        assert!(queue.try_recv().is_err());
+        assert_eq!(queue.try_take(), Some(alive));
+        assert!(queue.try_take().is_none());
         socket.tell_read_only(None);
         socket.take_update(UpdateKind::Step2, &update(1), true);
         socket.receipted(3, &seconds());
-        assert_eq!(queue.try_recv(), Ok(y_sweet::saved(b"\x02")));
+        assert_eq!(queue.try_take(), Some(y_sweet::saved(b"\x02")));
     }
 
     const CONNECTION: ConnectionId = ConnectionId(7);
 
-    fn socket(family: Family, access: Access) -> (Socket, mpsc::UnboundedReceiver<Bytes>) {
-        socket_on(mpsc::unbounded_channel().0, family, access)
-    }
-
-    fn hocuspocus(access: Access) -> (Socket, mpsc::UnboundedReceiver<Bytes>) {
+    fn hocuspocus(access: Access) -> (Socket, Taker) {
         let address = "notes".into();
         socket(Family::Hocuspocus { address }, access)
     }
 
-    fn socket_on(
-        ends: mpsc::UnboundedSender<(ConnectionId, Close)>,
-        family: Family,
-        access: Access,
-    ) -> (Socket, mpsc::UnboundedReceiver<Bytes>) {
-        let (out, queue) = mpsc::unbounded_channel();
+    fn socket(family: Family, access: Access) -> (Socket, Taker) {
+        let (out, queue) = Outbox::new();
         let visitor = Visitor {
             author: String::new(),
             access,
         };
         let line = Line {
             out,
-            backlog: Arc::default(),
-            ends,
             credit: Arc::new(Semaphore::new(8)),
         };
         (Socket::new(CONNECTION, visitor, family, line), queue)

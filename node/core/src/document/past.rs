@@ -1,23 +1,65 @@
-//! A document's past as bytes: a state and the updates after it, so that what is durable can be had
-//! back while memory is ahead of the log.
+//! A document's past as bytes: whole states and the updates after them, so that what is durable can be had
+//! back while memory is ahead of the log, and what clients lack without asking the CRDT.
 //!
 //! Memory cannot be turned back: a CRDT drops what is deleted. The bytes are there anyway, as they were
-//! loaded, logged or written as a snapshot; keeping them costs their memory and no work.
+//! loaded, logged or written as a snapshot; keeping them costs their memory and no work. Whoever joins is
+//! sent the same bytes as all others.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 use yrs::updates::decoder::Decode;
-use yrs::{Doc, Transact, Update};
+use yrs::{ClientID, Doc, StateVector, Transact, Update};
 
 use crate::ids::Seq;
 use crate::limits::PAST_BYTES_MIN;
+use crate::scan::Parts;
 
-/// A state, and the updates after it in order.
+/// A whole state, encoded.
+#[derive(Default)]
+pub(super) struct Whole {
+    /// It contains every update up to this one, and none after it.
+    pub(super) seq: Seq,
+    /// V1 update; empty for an empty document.
+    pub(super) bytes: Bytes,
+    parts: Option<Parts>,
+}
+
+impl Whole {
+    pub(super) const fn new(seq: Seq, bytes: Bytes) -> Self {
+        Self {
+            seq,
+            bytes,
+            parts: None,
+        }
+    }
+
+    /// Finds the parts of the state; done once. Costs one pass over its bytes.
+    pub(super) fn parts(&mut self) -> Option<&Parts> {
+        if self.parts.is_none() {
+            self.parts = Parts::of(&self.bytes);
+        }
+        self.parts.as_ref()
+    }
+
+    /// What somebody lacks who has what `known` says. `None` when these bytes cannot tell.
+    pub(super) fn lacking(&mut self, known: &StateVector) -> Option<Bytes> {
+        if known.is_empty() {
+            return (!self.bytes.is_empty()).then(|| self.bytes.clone());
+        }
+        let bytes = self.bytes.clone();
+        let next_clock = |client| known.get(&ClientID::new(client));
+        Some(self.parts()?.lacking(&bytes, next_clock).into())
+    }
+}
+
+/// Whole states, and the updates after the first in order.
 #[derive(Default)]
 pub(super) struct Past {
-    /// V1 update; empty for an empty document.
-    state: Bytes,
+    /// Durable.
+    base: Whole,
+    /// A newer one, which may not be durable yet.
+    ahead: Option<Whole>,
     rows: VecDeque<(Seq, Bytes)>,
     rows_bytes: usize,
     /// Built from them up to a position, while somebody asks for it.
@@ -25,9 +67,9 @@ pub(super) struct Past {
 }
 
 impl Past {
-    pub(super) fn new(state: &[u8]) -> Self {
+    pub(super) fn new(seq: Seq, state: Bytes) -> Self {
         Self {
-            state: Bytes::copy_from_slice(state),
+            base: Whole::new(seq, state),
             ..Self::default()
         }
     }
@@ -38,17 +80,56 @@ impl Past {
         self.rows.push_back((seq, Bytes::copy_from_slice(update)));
     }
 
-    /// Begins with a later state, which contains every update up to `seq`.
-    pub(super) fn begin_with(&mut self, seq: Seq, state: Bytes) {
-        self.state = state;
+    /// Begins with a later state, which contains every update up to `seq`; all of them are durable.
+    pub(super) fn begin_with(&mut self, whole: Whole) {
+        let is_known = whole.seq == self.base.seq && !self.base.bytes.is_empty();
+        if whole.seq < self.base.seq || is_known {
+            return;
+        }
+        let seq = whole.seq;
+        self.base = whole;
+        self.ahead.take_if(|ahead| ahead.seq <= seq);
         while let Some((_, update)) = self.rows.pop_front_if(|(first, _)| *first <= seq) {
             self.rows_bytes -= update.len();
         }
     }
 
+    /// Keeps a later state; the past begins with it once it is durable.
+    pub(super) fn keep(&mut self, whole: Whole, committed: Seq) {
+        if whole.seq <= committed {
+            self.begin_with(whole);
+        } else {
+            self.ahead = Some(whole);
+        }
+    }
+
+    /// Every update up to `seq` is durable. Frees what [`Past::at`] built.
+    pub(super) fn committed(&mut self, seq: Seq) {
+        self.doc = None;
+        if let Some(whole) = self.ahead.take_if(|ahead| ahead.seq <= seq) {
+            self.begin_with(whole);
+        }
+    }
+
+    /// The newest whole state.
+    pub(super) fn newest(&mut self) -> &mut Whole {
+        self.ahead.as_mut().unwrap_or(&mut self.base)
+    }
+
+    /// The updates after `seq`, which is not before the first state.
+    pub(super) fn after(&self, seq: Seq) -> impl ExactSizeIterator<Item = &(Seq, Bytes)> {
+        let first = self.rows.partition_point(|(row, _)| *row <= seq);
+        self.rows.range(first..)
+    }
+
+    /// Bytes of the first state and the updates after it.
+    pub(super) fn bytes(&self) -> usize {
+        self.base.bytes.len() + self.rows_bytes
+    }
+
     /// The updates have become so many that a new state takes less memory.
     pub(super) fn is_long(&self) -> bool {
-        PAST_BYTES_MIN.max(2 * self.state.len()) < self.rows_bytes
+        PAST_BYTES_MIN.max(2 * self.base.bytes.len()) < self.rows_bytes
     }
 
     /// The document up to and including `seq`. Costs its whole replay the first time, then what was added.
@@ -58,8 +139,8 @@ impl Past {
             Some((from, doc)) if from <= seq => (from, doc),
             _ => {
                 let doc = super::new_doc();
-                if !self.state.is_empty() {
-                    apply(&doc, &self.state)?;
+                if !self.base.bytes.is_empty() {
+                    apply(&doc, &self.base.bytes)?;
                 }
                 (Seq(0), doc)
             }
@@ -72,11 +153,6 @@ impl Past {
             apply(&doc, update)?;
         }
         Some(&self.doc.insert((seq, doc)).1)
-    }
-
-    /// Frees what [`Past::at`] built.
-    pub(super) fn rest(&mut self) {
-        self.doc = None;
     }
 }
 

@@ -127,7 +127,7 @@ impl<'a> Source<'a> {
     }
 
     /// How many bytes were read.
-    fn position(&self) -> usize {
+    pub(super) fn position(&self) -> usize {
         self.bytes - self.reader.rest().len()
     }
 

@@ -205,6 +205,14 @@ pub enum ToEdge {
         /// V1 update.
         update: Bytes,
     },
+    /// The beginning of what a client lacks, committed. More parts follow, and at last a [`ToEdge::Step2`] or
+    /// [`ToEdge::CommittedStep2`] with the rest.
+    Part {
+        /// The socket.
+        connection: ConnectionId,
+        /// V1 update.
+        update: Bytes,
+    },
     /// Too much waits for its commit: read no more edits.
     Pause,
     /// Ends [`ToEdge::Pause`].
@@ -442,6 +450,10 @@ impl ToEdge {
             | Self::CommittedStep2 {
                 connection,
                 update: bytes,
+            }
+            | Self::Part {
+                connection,
+                update: bytes,
             } => {
                 out.put_u64_le(connection.0);
                 out.put_slice(bytes);
@@ -549,6 +561,13 @@ impl ToEdge {
                     update: rest,
                 }
             }
+            51 => {
+                let connection = connection(&mut rest)?;
+                Self::Part {
+                    connection,
+                    update: rest,
+                }
+            }
             47 => Self::Pause,
             48 => Self::Resume,
             49 => Self::ReadOnly {
@@ -576,6 +595,7 @@ impl ToEdge {
             Self::Stateless { .. } => 45,
             Self::Map { .. } => 46,
             Self::CommittedStep2 { .. } => 50,
+            Self::Part { .. } => 51,
             Self::Pause => 47,
             Self::Resume => 48,
             Self::ReadOnly { .. } => 49,
@@ -754,6 +774,10 @@ mod tests {
             ToEdge::Preloaded,
             ToEdge::Map { map: bytes.clone() },
             ToEdge::CommittedStep2 {
+                connection: ALICE,
+                update: Bytes::from_static(b"\x00\xff"),
+            },
+            ToEdge::Part {
                 connection: ALICE,
                 update: Bytes::from_static(b"\x00\xff"),
             },
