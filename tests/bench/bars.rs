@@ -27,7 +27,7 @@ enum Bound {
     AtLeastTimesBestRival(f64),
 }
 
-const BARS: [Bar; 21] = [
+const BARS: [Bar; 22] = [
     Bar {
         scenario: "propagate",
         figure: "p50 ms",
@@ -127,6 +127,11 @@ const BARS: [Bar; 21] = [
         scenario: "kill",
         figure: "lost",
         bound: Bound::AtMost(0.0),
+    },
+    Bar {
+        scenario: "kill",
+        figure: "first served ms",
+        bound: Bound::AtMost(15.0),
     },
     Bar {
         scenario: "kill",

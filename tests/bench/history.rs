@@ -33,9 +33,9 @@ pub(crate) fn write_edit(update: &mut Vec<u8>, client: u64, clock: u32) {
 
 /// Reads what [`write_edit`] wrote: whose it is and the clock behind it. `None` for anything else.
 pub(crate) fn read_edit(update: &[u8]) -> Option<(u64, u32)> {
-    let [1, 1, rest @ ..] = update else {
-        return None;
-    };
+    // More text would be the state of a document.
+    let rest = update.strip_prefix(&[1, 1])?;
+    let _ = update.strip_suffix(b"\x04word\0")?;
     let (client, rest) = var_uint(rest)?;
     let (clock, _) = var_uint(rest)?;
     Some((client, u32::try_from(clock).ok()? + EDIT_CHARS))
@@ -205,6 +205,12 @@ pub(crate) fn check() {
         let mut edit = Vec::new();
         write_edit(&mut edit, 77, number * EDIT_CHARS);
         assert_eq!(read_edit(&edit), Some((77, (number + 1) * EDIT_CHARS)));
+        assert_eq!(
+            read_edit(&[
+                1, 1, 77, 0, 4, 1, 1, b't', 8, b'w', b'o', b'r', b'd', b'w', b'o', b'r', b'd', 0
+            ]),
+            None
+        );
         edits.push(edit);
     }
     for update in history(200_000, 32_000).iter().chain(&edits) {

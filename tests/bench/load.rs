@@ -72,7 +72,7 @@ pub(crate) struct Client {
     pub(crate) acked: u32,
     /// Update messages that arrived.
     pub(crate) updates: usize,
-    /// Length of the first whole state.
+    /// Bytes of the messages with content, until the document was there.
     pub(crate) state_bytes: usize,
     /// Ends of the clocks in that state, when it is small.
     pub(crate) state: Vec<(u64, u32)>,
@@ -529,9 +529,9 @@ impl World {
             [0, kind @ (1 | 2), rest @ ..] => {
                 let update = var_uint(rest).map_or(&[][..], |(_, update)| update);
                 let client = &mut self.clients[index];
-                if *kind == 1 && client.synced.is_none() {
-                    client.synced = Some(now);
-                    client.state_bytes = len;
+                if client.synced.is_none() {
+                    client.state_bytes += len;
+                    client.synced = (*kind == 1).then_some(now);
                 }
                 client.updates += usize::from(*kind == 2);
                 self.updated(index, server, update, now);

@@ -287,19 +287,20 @@ impl Running {
 
     /// Resident memory in KiB: now, and the most so far.
     pub(crate) fn resident_kib(&self) -> (f64, f64) {
-        let status =
-            fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
-        let field = |name: &str| {
-            let line = status
-                .lines()
-                .find_map(|line| line.strip_prefix(name))
-                .unwrap_or_default();
-            line.trim()
-                .trim_end_matches(" kB")
-                .parse()
-                .unwrap_or(f64::NAN)
-        };
-        (field("VmRSS:"), field("VmHWM:"))
+        (self.status_kib("VmRSS:"), self.status_kib("VmHWM:"))
+    }
+
+    /// Resident memory in KiB without the program and other files.
+    pub(crate) fn anonymous_kib(&self) -> f64 {
+        self.status_kib("RssAnon:")
+    }
+
+    fn status_kib(&self, name: &str) -> f64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let kib = line.unwrap_or_default().trim().trim_end_matches(" kB");
+        kib.parse().unwrap_or(f64::NAN)
     }
 
     /// Ends it as an operator would, so that it may write what it has.
