@@ -74,12 +74,13 @@ async fn clients_elsewhere_do_not_notice_a_join_a_rolling_restart_or_a_drain() -
     }
     let ledger = typists.stop().await?;
 
-    let mut pauses = Vec::new();
+    let (mut pauses, mut waits, mut stayed) = (Vec::new(), Vec::new(), Vec::new());
     for step in &steps {
         pauses.extend(step.report(&ledger)?);
+        waits.extend(step.waits(&ledger));
+        stayed.extend(step.pauses_of_others(&ledger, &names));
     }
-    pauses.sort_unstable();
-    let at = |percent: usize| pauses[(pauses.len() * percent).div_ceil(100) - 1];
+    let at = |percent: usize| percentile(&mut pauses.clone(), percent);
     println!(
         "{} moves of open documents under {} acked edits: pause between two receipts p50 {:?}, p99 {:?}, max {:?}",
         pauses.len(),
@@ -88,6 +89,19 @@ async fn clients_elsewhere_do_not_notice_a_join_a_rolling_restart_or_a_drain() -
         at(99),
         at(100),
     );
+    for (what, times) in [
+        (
+            "longest wait of an edit for its receipt in a document that moved",
+            &mut waits,
+        ),
+        (
+            "pause between two receipts of a document that stayed meanwhile",
+            &mut stayed,
+        ),
+    ] {
+        let [p50, p99, max] = [50, 99, 100].map(|percent| percentile(times, percent));
+        println!("{what}: p50 {p50:?}, p99 {p99:?}, max {max:?}");
+    }
     ensure!(24 <= pauses.len(), "only {} documents moved", pauses.len());
     // Nodes that ended meanwhile took their count with them.
     ensure!(
@@ -102,6 +116,12 @@ async fn clients_elsewhere_do_not_notice_a_join_a_rolling_restart_or_a_drain() -
         token: None,
     };
     checker::everything_acknowledged_is_there(&reading, &ledger).await
+}
+
+fn percentile(times: &mut [Duration], percent: usize) -> Duration {
+    times.sort_unstable();
+    let index = (times.len() * percent).div_ceil(100).saturating_sub(1);
+    times.get(index).copied().unwrap_or_default()
 }
 
 /// A time in which documents move.
@@ -132,6 +152,22 @@ impl Step {
         let moved = |name: &&String| owners[*name] != self.owners[*name];
         self.moved = names.iter().filter(moved).cloned().collect();
         Ok(self)
+    }
+
+    /// How long edits of the documents that moved waited: the pauses without those that writers made by themselves.
+    fn waits(&self, ledger: &Ledger) -> Vec<Duration> {
+        let moved = self.moved.iter();
+        moved
+            .map(|name| ledger.longest_wait(name, self.from_ms, self.until_ms))
+            .collect()
+    }
+
+    /// The pauses of the documents that stayed where they were, for comparison.
+    fn pauses_of_others(&self, ledger: &Ledger, names: &[String]) -> Vec<Duration> {
+        let stayed = names.iter().filter(|name| !self.moved.contains(name));
+        stayed
+            .map(|name| ledger.pause(name, self.from_ms, self.until_ms))
+            .collect()
     }
 
     /// The pauses of the documents that moved. No client may have seen more than that.

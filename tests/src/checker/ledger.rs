@@ -224,6 +224,15 @@ impl Ledger {
         millis(gaps.fold(0.0, f64::max))
     }
 
+    /// The longest time that an edit of a document, made within the given span (ms since 1970), waited for its receipt.
+    pub fn longest_wait(&self, document: &str, from_ms: f64, until_ms: f64) -> Duration {
+        let edits = self.of(document).flat_map(|writer| &writer.edits);
+        let waits = edits
+            .filter(|edit| from_ms <= edit.made_ms && edit.made_ms <= until_ms)
+            .map(|edit| edit.acked_ms.map_or(f64::MAX, |acked| acked - edit.made_ms));
+        millis(waits.fold(0.0, f64::max).min(1e9))
+    }
+
     /// What clients said of their connections within the given span (ms since 1970).
     pub fn statuses(&self, from_ms: f64, until_ms: f64) -> Vec<&str> {
         let all = self.writers.values().flat_map(|writer| &writer.statuses);
