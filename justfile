@@ -21,9 +21,9 @@ test *tiers:
 sim *flags:
     cargo test --quiet --workspace --test sim -- {{flags}}
 
-# See that the simulation finds each defect that is built in on purpose
+# See that the tests find each defect that is built in on purpose, and by what
 mutants *flags:
-    COLLAB_MUTANTS=1 cargo test --quiet --workspace --test sim -- --mutants --seeds 60 {{flags}}
+    cargo test --quiet --workspace --features collab-core/mutants --test sim -- --mutants --seeds 100 {{flags}}
 
 # Feed hostile bytes to all that takes bytes, for this many seconds together
 fuzz seconds="60":

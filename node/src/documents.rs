@@ -16,9 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use collab_core::document::{Document, EdgeId, Effect, Input, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
-use collab_core::limits::{
-    LARGE_STATE_BYTES, PRELOAD_KEPT_FOR, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER,
-};
+use collab_core::limits::{LARGE_STATE_BYTES, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
 use collab_core::mutants::Mutant;
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
@@ -363,8 +361,6 @@ impl Documents {
                 .read(tasks, store.as_ref(), bus.as_ref(), &document)
                 .await;
             done();
-            sleep(PRELOAD_KEPT_FOR).await;
-            preloads.forget_old();
         });
     }
 

@@ -500,8 +500,8 @@ pub trait Store: Send + Sync + 'static {
     /// Takes the slots back that this incarnation owned before the database failed over, under epochs above those it held
     /// them with and above those that the new primary knows: unless somebody holds a newer one. Answers what was taken.
     ///
-    /// Between a failover and this call nothing is appended ([`StoreError::Unavailable`]): the log of the new primary may
-    /// end before positions that were assigned already, and would get a hole.
+    /// Between a failover and this call no document is written ([`StoreError::Unavailable`]): the log of the new primary
+    /// may end before positions that were assigned already, and would get a hole; and a snapshot would hold what it lacks.
     async fn reclaim(
         &self,
         incarnation: Uuid,

@@ -99,6 +99,7 @@ impl Bench {
     }
 
     async fn postgres_at(url: String) -> Self {
+        collab_tests::mutants::choose();
         let store = Arc::new(until_answered(|| Postgres::connect(&url)).await);
         let raw = Raw::Postgres(PgPool::connect_lazy(&url).unwrap());
         Self {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use collab_core::ids::{DocumentId, Seq, Slot, Term};
-use collab_node::store::postgres::{APPEND, LOCK_SLOTS, MOVE_DOCUMENT, Postgres};
+use collab_node::store::postgres::{APPEND, LOCK_SLOTS, MOVE_DOCUMENT, Postgres, append_statement};
 use collab_node::store::{Claim, Content, Loaded, Registration, Store};
 use collab_tests::postgres::Postgres as Server;
 use sqlx::{AssertSqlSafe, PgPool, Row};
@@ -24,7 +24,7 @@ const ROWS: usize = 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_update_appears_behind_the_back_of_a_new_owner() {
-    let outcome = race(APPEND, &Taking::Claim).await;
+    let outcome = race(&append_statement(), &Taking::Claim).await;
     println!("the write rule: {outcome:?}");
     assert_eq!(outcome.violations, 0, "{outcome:?}");
     assert!(
@@ -54,7 +54,7 @@ async fn the_race_catches_a_lock_that_a_claim_does_not_wait_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_update_appears_in_a_document_that_was_pinned_or_unpinned() {
     for taking in [Taking::Pin(None), Taking::Unpin(None)] {
-        let outcome = race(APPEND, &taking).await;
+        let outcome = race(&append_statement(), &taking).await;
         println!("{taking:?}: {outcome:?}");
         assert_eq!(outcome.violations, 0, "{outcome:?}");
         assert!(
@@ -114,6 +114,7 @@ fn mutant(statement: &str, from: &str, to: &str) -> String {
 
 /// Has document after document taken from a busy old owner, and loaded as the load rule says.
 async fn race(statement: &str, taking: &Taking) -> Outcome {
+    collab_tests::mutants::choose();
     let server = Server::shared().await;
     let url = server.database().await;
     let store = Postgres::connect(&url).await.unwrap();

@@ -18,7 +18,7 @@ use collab_core::ids::DocumentId;
 use collab_core::wire::varint::write_var_uint;
 use collab_core::wire::y_sweet;
 use collab_core::wire::y_websocket::{self, Message};
-use collab_node::edge::Family;
+use collab_node::edge::{Access, Family};
 use futures::{Sink, Stream};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -70,6 +70,8 @@ pub(crate) struct Handle {
     pub(crate) pending: Arc<Mutex<BTreeMap<Change, Instant>>>,
     /// The browser that it is a tab of.
     pub(crate) browser: usize,
+    /// It may read only, and types all the same: a changed page, or an older token.
+    pub(crate) reader: bool,
 }
 
 struct Client {
@@ -118,6 +120,7 @@ pub(crate) struct Socket {
     pub(crate) sent: Arc<Mutex<Sent>>,
     pub(crate) witness: Arc<Witness>,
     pub(crate) client: usize,
+    pub(crate) access: Access,
     pub(crate) family: Family,
 }
 
@@ -163,6 +166,7 @@ pub(crate) fn start(
     number: usize,
     browser: usize,
     document: DocumentId,
+    reader: bool,
     seed: u64,
 ) -> Handle {
     let options = Options {
@@ -178,6 +182,7 @@ pub(crate) fn start(
         commands,
         pending: Arc::default(),
         browser,
+        reader,
     };
     // A new tab has first what the others have: what they tell it later would have holes before it.
     for tab in world.other_tabs(browser, &handle.document, number) {
@@ -254,7 +259,7 @@ impl Client {
     }
 
     fn connect(&mut self) {
-        let sent = Arc::new(Mutex::new(Sent::default()));
+        let sent = Arc::new(Mutex::new(Sent::by(self.handle.reader)));
         let pod = self.world.pod_for_client(&mut self.random);
         let host = Host::Client(self.handle.number);
         let link = self.world.network.connection(host, Host::Pod(pod));
@@ -270,6 +275,11 @@ impl Client {
             sent: sent.clone(),
             witness: self.witness.clone(),
             client: self.handle.number,
+            access: if self.handle.reader {
+                Access::Read
+            } else {
+                Access::Write
+            },
             family: if self.explicit {
                 Family::YSweet
             } else {
@@ -398,12 +408,20 @@ impl Client {
             }
             Some((at, Some(token))) => {
                 quill.remove_range(&mut txn, at, TOKEN_LENGTH);
-                self.witness.with_ledger(|ledger| ledger.delete(token));
+                if !self.handle.reader {
+                    self.witness.with_ledger(|ledger| ledger.delete(token));
+                }
                 Change::Delete(token)
             }
             None => {
                 let document = &self.handle.document;
-                let token = self.witness.with_ledger(|ledger| ledger.insert(document));
+                let token = self.witness.with_ledger(|ledger| {
+                    if self.handle.reader {
+                        ledger.forbidden(document)
+                    } else {
+                        ledger.insert(document)
+                    }
+                });
                 // Between two tokens, so that none is torn by another.
                 let at = self.random.random_range(0..=tokens) * TOKEN_LENGTH;
                 quill.insert(&mut txn, at, &spelled(token));
@@ -414,18 +432,18 @@ impl Client {
         drop(txn);
         self.witness
             .trace(|| format!("client {} {change:?}", self.handle.number));
-        self.handle
-            .pending
-            .lock()
-            .expect("nobody panics with it")
-            .insert(change, Instant::now());
+        if !self.handle.reader {
+            let mut pending = self.handle.pending.lock().expect("nobody panics with it");
+            pending.insert(change, Instant::now());
+        }
         let Handle {
             browser,
             document,
             number,
             ..
         } = &self.handle;
-        for tab in self.world.other_tabs(*browser, document, *number) {
+        let tabs = self.world.other_tabs(*browser, document, *number);
+        for tab in tabs.iter().filter(|_| !self.handle.reader) {
             apply(&tab.replica, &update);
         }
         if self.connection.as_ref().is_some_and(|open| open.upgraded) {

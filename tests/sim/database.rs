@@ -5,13 +5,16 @@
 //! after it has given up.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
-use collab_core::limits::{LEASE, RENEWAL_GAP_MAX};
+use collab_core::limits::{
+    BATCH_BYTES_MAX, BATCH_UPDATES_MAX, BATCHES_IN_FLIGHT_MAX, LEASE, RENEWAL_GAP_MAX,
+};
 use collab_node::store::memory::{Database, Memory};
 use collab_node::store::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
@@ -56,6 +59,7 @@ struct Health {
     down_since: Option<Instant>,
     /// Raised when it goes down: what was in hand then is never answered.
     outages: u64,
+    failed_over: Option<Instant>,
     /// Commits take so much longer.
     slow: Duration,
 }
@@ -68,6 +72,8 @@ pub(crate) struct Sessions {
     pod: Host,
     /// Batches without an answer, by slot.
     in_flight: Arc<Mutex<BTreeMap<Slot, usize>>>,
+    /// All of them.
+    batches: Arc<AtomicUsize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +107,7 @@ impl Server {
             memory: Arc::new(self.database.sessions()),
             pod,
             in_flight: Arc::default(),
+            batches: Arc::default(),
         }
     }
 
@@ -171,9 +178,18 @@ impl Server {
         self.health().slow = extra;
     }
 
+    /// Whether another server took over so recently.
+    pub(crate) fn failed_over_within(&self, time: Duration) -> bool {
+        let since = self.health().failed_over;
+        since.is_some_and(|since| since.elapsed() < time)
+    }
+
     /// Another server takes over. What was in hand is not answered.
     pub(crate) fn fail_over(&self, lost: usize) {
-        self.health().outages += 1;
+        let mut health = self.health();
+        health.outages += 1;
+        health.failed_over = Some(Instant::now());
+        drop(health);
         self.database.fail_over(lost);
     }
 
@@ -232,13 +248,19 @@ impl Sessions {
                 let health = server.health();
                 (health.down, health.outages)
             };
+            let timeline = server.database.timeline();
             if down && server.roll(0, 3) == 0 {
                 return std::future::pending().await; // a host that is not there does not even refuse
             }
             if !down {
                 sleep(server.work(kind)).await;
             }
-            let result = if down || (server.health().outages != outages && server.roll(0, 1) == 0) {
+            // What the old server had in hand the new one has never heard of.
+            let elsewhere = server.database.timeline() != timeline;
+            let result = if down
+                || elsewhere
+                || (server.health().outages != outages && server.roll(0, 1) == 0)
+            {
                 Err(E::from(gone()))
             } else {
                 let result = statement(memory).await;
@@ -283,6 +305,15 @@ struct Flight<'a> {
 
 impl<'a> Flight<'a> {
     fn new(sessions: &'a Sessions, batch: &[Append]) -> Self {
+        let witness = &sessions.server.witness;
+        let bytes: usize = batch.iter().map(|append| append.bytes.len()).sum();
+        if BATCH_UPDATES_MAX < batch.len() || (1 < batch.len() && BATCH_BYTES_MAX < bytes) {
+            witness.violated(format!("a batch of {} rows, {bytes} bytes", batch.len()));
+        }
+        let batches = sessions.batches.fetch_add(1, Ordering::Relaxed) + 1;
+        if BATCHES_IN_FLIGHT_MAX < batches {
+            witness.violated(format!("{batches} batches in flight"));
+        }
         let mut slots: Vec<Slot> = batch.iter().map(|append| append.ownership.slot).collect();
         slots.sort_unstable();
         slots.dedup();
@@ -304,6 +335,7 @@ impl<'a> Flight<'a> {
 
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
+        self.sessions.batches.fetch_sub(1, Ordering::Relaxed);
         let mut in_flight = self
             .sessions
             .in_flight
@@ -325,7 +357,7 @@ impl Store for Sessions {
         let server = self.server.clone();
         self.call(Kind::Write, DATA_TIMEOUT, move |memory| async move {
             let done = memory.append(&batch).await?;
-            server.witness.appended(&batch, &done);
+            server.witness.appended(&batch, &done, &server.database);
             Ok(done)
         })
         .await

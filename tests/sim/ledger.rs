@@ -25,6 +25,8 @@ pub(crate) enum Change {
 pub(crate) struct Ledger {
     tokens: Vec<Fate>,
     acked: usize,
+    /// Changes whose rows went with a database server that had no standby up to date.
+    gone: BTreeSet<Change>,
 }
 
 #[derive(Debug)]
@@ -32,6 +34,8 @@ struct Fate {
     document: DocumentId,
     inserted: Promise,
     deleted: Option<Promise>,
+    /// Written by somebody who may not.
+    forbidden: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,13 +55,22 @@ pub(crate) struct Verdict {
     pub(crate) doubled: Vec<Token>,
     /// Tokens that are there although their deletion was acknowledged.
     pub(crate) revived: Vec<Token>,
-    /// Pieces of text that nobody wrote.
+    /// Pieces of text that nobody wrote, or nobody who may.
     pub(crate) strange: Vec<String>,
+    /// Acknowledged changes that went with a database server.
+    pub(crate) gone: usize,
 }
 
 impl Verdict {
     pub(crate) fn is_clean(&self) -> bool {
-        *self == Self::default()
+        let Self {
+            lost,
+            doubled,
+            revived,
+            strange,
+            gone: _,
+        } = self;
+        lost.is_empty() && doubled.is_empty() && revived.is_empty() && strange.is_empty()
     }
 }
 
@@ -68,8 +81,27 @@ impl Ledger {
             document: document.clone(),
             inserted: Promise::Made,
             deleted: None,
+            forbidden: false,
         });
         self.tokens.len() - 1
+    }
+
+    /// A new token of a document, by somebody who may not write there.
+    pub(crate) fn forbidden(&mut self, document: &DocumentId) -> Token {
+        let token = self.insert(document);
+        self.tokens[token].forbidden = true;
+        token
+    }
+
+    /// Whether a token may be in the log of this document.
+    pub(crate) fn belongs(&self, token: Token, document: &DocumentId) -> bool {
+        let fate = self.tokens.get(token);
+        fate.is_some_and(|fate| fate.document == *document && !fate.forbidden)
+    }
+
+    /// The database lost it: only a client or an owner that still has it can bring it back.
+    pub(crate) fn is_gone(&mut self, change: Change) {
+        self.gone.insert(change);
     }
 
     /// Somebody takes a token out.
@@ -118,11 +150,19 @@ impl Ledger {
             if fate.document != *document {
                 continue;
             }
+            let gone = |change| usize::from(self.gone.contains(&change));
             match found.remove(&token).unwrap_or(0) {
+                1.. if fate.forbidden => verdict.strange.push(spelled(token)),
                 0 if fate.inserted == Promise::Acked && fate.deleted.is_none() => {
-                    verdict.lost.push(token);
+                    match gone(Change::Insert(token)) {
+                        0 => verdict.lost.push(token),
+                        gone => verdict.gone += gone,
+                    }
                 }
-                1 if fate.deleted == Some(Promise::Acked) => verdict.revived.push(token),
+                1 if fate.deleted == Some(Promise::Acked) => match gone(Change::Delete(token)) {
+                    0 => verdict.revived.push(token),
+                    gone => verdict.gone += gone,
+                },
                 0 | 1 => {}
                 _ => verdict.doubled.push(token),
             }
@@ -138,6 +178,13 @@ pub(crate) const TOKEN_LENGTH: u32 = 7;
 /// As it stands in the text.
 pub(crate) fn spelled(token: Token) -> String {
     format!("<{token:05}>")
+}
+
+/// The tokens in the bytes of an update.
+pub(crate) fn contained(update: &[u8]) -> impl Iterator<Item = Token> {
+    let windows = update.windows(TOKEN_LENGTH as usize);
+    let marked = windows.filter(|piece| piece[0] == b'<');
+    marked.filter_map(|piece| parsed(str::from_utf8(piece).ok()?))
 }
 
 /// The token that a piece of text is.

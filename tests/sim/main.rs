@@ -33,8 +33,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use collab_core::mutants::Mutant;
 use settings::{Fault, Settings};
+use witness::Harm;
 use world::{Failure, Outcome, World};
 
 /// Seeds of one run of the tier.
@@ -47,11 +47,7 @@ fn main() -> ExitCode {
     if arguments.mutants {
         return mutants::hunt(arguments.seeds);
     }
-    if let Ok(name) = std::env::var(mutants::CHOICE) {
-        Mutant::parse(&name)
-            .expect("there is such a mutant")
-            .choose();
-    }
+    collab_tests::mutants::choose();
     let started = Instant::now();
     let next = AtomicU64::new(arguments.first);
     let sum = Mutex::new(Sum::default());
@@ -150,6 +146,7 @@ fn play(seed: u64) -> Result<Outcome, Failure> {
         Err(Failure {
             violations: vec!["the world panicked".to_owned()],
             trace: String::new(),
+            harm: Harm::default(),
         })
     })
 }
@@ -161,9 +158,11 @@ struct Sum {
     commits: usize,
     fenced: usize,
     early: usize,
+    gone: usize,
     tasks_max: usize,
     simulated: Duration,
     faults: BTreeMap<Fault, usize>,
+    harm: Harm,
     failed: Vec<u64>,
 }
 
@@ -176,6 +175,7 @@ impl Sum {
                 self.commits += outcome.commits;
                 self.fenced += outcome.fenced;
                 self.early += outcome.early;
+                self.gone += outcome.gone;
                 self.tasks_max = self.tasks_max.max(outcome.tasks_max);
                 self.simulated += outcome.simulated;
                 let faults: usize = outcome.faults.values().sum();
@@ -191,6 +191,9 @@ impl Sum {
                 }
             }
             Err(failure) => {
+                self.harm.lost += failure.harm.lost;
+                self.harm.doubled += failure.harm.doubled;
+                self.harm.two_owners += failure.harm.two_owners;
                 println!(
                     "seed {seed} FAILED; the last that happened:\n{}",
                     failure.trace
@@ -205,23 +208,37 @@ impl Sum {
     }
 
     fn print(&self, took: Duration) {
-        println!("{:<18} {:>7}", "fault", "times");
+        println!("{:<20} {:>9}", "fault", "times");
         for (fault, count) in &self.faults {
-            println!("{:<18} {count:>7}", format!("{fault:?}"));
+            println!("{:<20} {count:>9}", format!("{fault:?}"));
         }
-        println!(
-            "{} seeds: {} acknowledged edits, {} rows committed, {} appends fenced, {} leases ended early, {} faults, \
-             at most {} tasks in a node, {:.1} simulated hours in {:.0} s",
-            self.seeds,
-            self.acked,
-            self.commits,
-            self.fenced,
-            self.early,
-            self.faults.values().sum::<usize>(),
-            self.tasks_max,
-            self.simulated.as_secs_f64() / 3600.0,
-            took.as_secs_f64(),
-        );
+        let Harm {
+            lost,
+            doubled,
+            two_owners,
+        } = self.harm;
+        let rows = [
+            ("seeds", self.seeds.to_string()),
+            (
+                "simulated hours",
+                format!("{:.1}", self.simulated.as_secs_f64() / 3600.0),
+            ),
+            ("faults", self.faults.values().sum::<usize>().to_string()),
+            ("acknowledged edits", self.acked.to_string()),
+            ("rows committed", self.commits.to_string()),
+            ("appends fenced", self.fenced.to_string()),
+            ("leases ended early", self.early.to_string()),
+            ("most tasks in a node", self.tasks_max.to_string()),
+            ("lost", lost.to_string()),
+            ("doubled", doubled.to_string()),
+            ("two owners", two_owners.to_string()),
+            ("gone with a primary", self.gone.to_string()),
+            ("seconds", format!("{:.0}", took.as_secs_f64())),
+        ];
+        println!();
+        for (what, count) in rows {
+            println!("{what:<20} {count:>9}");
+        }
         if !self.failed.is_empty() {
             println!("failed: {:?}", self.failed);
         }

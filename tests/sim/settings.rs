@@ -29,6 +29,10 @@ pub(crate) enum Fault {
     SlowCommits,
     /// Another database server takes over; nothing is lost.
     FailOver,
+    /// Another database server takes over, which is some statements behind.
+    LossyFailOver,
+    /// The operator gives a document a slot of its own, or takes it back.
+    Pin,
     /// Two nodes do not hear each other.
     CutPeers,
     /// One node does not hear another.
@@ -50,7 +54,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 20] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::Kill,
         Self::PowerOff,
         Self::Freeze,
@@ -62,6 +66,8 @@ impl Fault {
         Self::Outage,
         Self::SlowCommits,
         Self::FailOver,
+        Self::LossyFailOver,
+        Self::Pin,
         Self::CutPeers,
         Self::CutPeersOneWay,
         Self::SlowPeers,
@@ -90,6 +96,8 @@ pub(crate) struct Settings {
     pub(crate) documents: usize,
     /// Clients of each document.
     pub(crate) clients: usize,
+    /// Clients that may read only, and type all the same.
+    pub(crate) readers: usize,
     pub(crate) slots: u16,
     /// Between two edits of a client, in ms.
     pub(crate) edit_every: u64,
@@ -132,6 +140,7 @@ impl Settings {
             nodes,
             documents,
             clients,
+            readers: random.random_range(0..=2),
             slots: *[4, 16, 16, 32].choose(&mut random).expect("not empty"),
             edit_every: (writers / per_second * 1000.0) as u64,
             deletes: random.random_range(0..40),

@@ -2,6 +2,25 @@
 //!
 //! It sees every statement as the database executes it and every frame as an edge sends it, so that a
 //! receipt is judged at the moment it leaves, not when the dust has settled.
+//!
+//! | must hold | where it is looked at |
+//! | --- | --- |
+//! | an acknowledged edit is in every replica, at the owner and in a cold reload, once | `World::check`, `Ledger::judge` |
+//! | positions follow one another; epochs of a slot never fall along them, nor at all | `Committed::take`, [`Witness::after_statement`] |
+//! | no receipt for a row that is not in the log | [`Witness::frame_leaves`], as the frame leaves |
+//! | after a claim, a handoff or a pin nothing is written under the epoch before it | [`Witness::appended`]: the row's slot is that of its document, one incarnation writes under an epoch, none under an older one |
+//! | no position is written twice | `Committed::take` |
+//! | a step 2 holds what is committed and no more | [`Witness::frame_leaves`] |
+//! | after the last fault clients, owner and reload agree on state, deletions and text | `World::check` |
+//! | a snapshot is the log up to its position | [`Witness::snapshotted`], and the reload in `World::check` |
+//! | a batch whose outcome is not known is neither doubled nor dropped | `CutStoreReplies` and `Outage`, with the first two |
+//! | one document's fault is no other's | a task that panics ends the seed (`World::start`); hostile bytes: tier process, `hostile`, and tier fuzz |
+//! | queues are bounded | batches and their number (`Flight` in `database.rs`), tasks (`World::watch`), rows of a log at the end (`World::check`); what waits for a commit or for a socket: unit tests of `document.rs` and tier process, `hostile` |
+//! | an update is in the log of its document only, and never when its author may only read | [`Witness::appended`], with readers that type all the same |
+//! | within 15 s after the last fault there are receipts again | `World::recover` |
+//! | a slot has an owner if a node lives well; who believes in its lease has it | `World::watch` |
+//! | an outage of the database makes nobody take slots from those who live | `Server::taken_from` |
+//! | never two batches of a slot at once | `Flight` |
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write;
@@ -9,17 +28,17 @@ use std::sync::Mutex;
 
 use bytes::Bytes;
 use collab_core::document::new_doc;
-use collab_core::ids::{DocumentId, Epoch, Seq};
+use collab_core::ids::{DocumentId, Epoch, Seq, Slot};
 use collab_core::scan;
 use collab_core::wire::y_websocket::{self, Message};
 use collab_node::store::memory::Database;
-use collab_node::store::{Append, Appended, Judgement, NewSnapshot};
+use collab_node::store::{Append, Appended, Judgement, NewSnapshot, Ownership};
 use tokio::time::Instant;
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
-use yrs::{ClientID, Doc, GetString, ReadTxn, Transact, Update};
+use yrs::{ClientID, Doc, GetString, ReadTxn, StateVector, Transact, Update};
 
-use crate::ledger::{Change, Ledger, Token, parsed};
+use crate::ledger::{Change, Ledger, Token, Verdict, contained, parsed, spelled};
 
 /// Lines of the trace that a failure shows.
 const LINES_SHOWN: usize = 150;
@@ -36,6 +55,9 @@ struct Inner {
     violations: Vec<String>,
     documents: BTreeMap<DocumentId, Committed>,
     slots: Vec<Epoch>,
+    /// Who wrote under which epoch of which slot.
+    owners: BTreeMap<(Slot, Epoch), Uuid>,
+    harm: Harm,
     fenced: usize,
     early: usize,
     commits: usize,
@@ -43,12 +65,28 @@ struct Inner {
     lines: VecDeque<String>,
 }
 
+/// The worst of what must not be, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Harm {
+    /// Acknowledged insertions that are not there, or deletions that are undone.
+    pub(crate) lost: usize,
+    /// Tokens that are there twice.
+    pub(crate) doubled: usize,
+    /// Rows that were written by somebody who does not own their document.
+    pub(crate) two_owners: usize,
+}
+
 /// What the log of a document holds.
 struct Committed {
     doc: Doc,
     last: Seq,
-    epoch: Epoch,
+    /// Slot and epoch of the last row. Epochs of two slots say nothing of each other.
+    right: (Slot, Epoch),
     tokens: Option<BTreeSet<Token>>,
+    /// What it held once and a database server took with it.
+    gone: BTreeSet<Change>,
+    /// How far that went.
+    reach: StateVector,
 }
 
 impl Witness {
@@ -58,6 +96,8 @@ impl Witness {
             violations: Vec::new(),
             documents: BTreeMap::new(),
             slots: Vec::new(),
+            owners: BTreeMap::new(),
+            harm: Harm::default(),
             fenced: 0,
             early: 0,
             commits: 0,
@@ -129,7 +169,7 @@ impl Witness {
     }
 
     /// A batch was executed.
-    pub(crate) fn appended(&self, batch: &[Append], done: &Appended) {
+    pub(crate) fn appended(&self, batch: &[Append], done: &Appended, database: &Database) {
         let mut violated = Vec::new();
         {
             let inner = &mut *self.inner();
@@ -143,10 +183,42 @@ impl Witness {
                     continue;
                 }
                 inner.commits += 1;
+                let slot = database.slot_of(&append.document);
+                let Ownership {
+                    slot: under,
+                    epoch,
+                    incarnation,
+                } = append.ownership;
+                let owner = *inner.owners.entry((under, epoch)).or_insert(incarnation);
+                if owner != incarnation {
+                    inner.harm.two_owners += 1;
+                    violated.push(format!(
+                        "{owner} and {incarnation} wrote under epoch {epoch} of slot {under}"
+                    ));
+                }
+                if under != slot {
+                    inner.harm.two_owners += 1;
+                    violated.push(format!(
+                        "{} was written under slot {under} and is in slot {slot}",
+                        append.document
+                    ));
+                }
+                for token in contained(&append.bytes) {
+                    if !inner.ledger.belongs(token, &append.document) {
+                        violated.push(format!(
+                            "{} got {}, which is not for it",
+                            append.document,
+                            spelled(token)
+                        ));
+                    }
+                }
                 let committed = inner
                     .documents
                     .entry(append.document.clone())
                     .or_insert_with(Committed::new);
+                if committed.is_older(append.ownership) {
+                    inner.harm.two_owners += 1;
+                }
                 if let Err(what) = committed.take(append) {
                     violated.push(format!("{}: {what}", append.document));
                 }
@@ -246,15 +318,42 @@ impl Witness {
         }
     }
 
+    /// A text at the end was compared with what was promised.
+    pub(crate) fn judged_text(&self, verdict: &Verdict) {
+        let harm = &mut self.inner().harm;
+        harm.lost += verdict.lost.len() + verdict.revived.len();
+        harm.doubled += verdict.doubled.len();
+    }
+
+    pub(crate) fn harm(&self) -> Harm {
+        self.inner().harm
+    }
+
     /// Leases that were ended early.
     pub(crate) fn ended_early(&self) -> usize {
         self.inner().early
     }
 
-    /// What the database lost is not there any more.
+    /// What the database lost is not there any more; who was told of it before may still be told.
     pub(crate) fn failed_over(&self, database: &Database) {
-        let mut inner = self.inner();
+        let inner = &mut *self.inner();
         inner.slots = database.slots().iter().map(|row| row.epoch).collect();
+        inner.owners.clear();
+        for (document, committed) in &mut inner.documents {
+            let mut kept = Committed::of(database, document);
+            let (before, now) = (committed.tokens().clone(), kept.tokens().clone());
+            kept.gone = std::mem::take(&mut committed.gone);
+            kept.gone
+                .extend(before.difference(&now).copied().map(Change::Insert));
+            kept.gone
+                .extend(now.difference(&before).copied().map(Change::Delete));
+            for change in &kept.gone {
+                inner.ledger.is_gone(*change);
+            }
+            kept.reach = std::mem::take(&mut committed.reach);
+            kept.reach.merge(committed.doc.transact().state_vector());
+            *committed = kept;
+        }
     }
 
     /// An edge puts a frame on a socket; `sent` is what came from there before.
@@ -273,6 +372,7 @@ impl Witness {
                         self.receipt_leaves(document, changes, "a saved message");
                     }
                 }
+                Message::PermissionDenied { .. } if sent.reader => {}
                 Message::PermissionDenied { reason } => {
                     self.violated(format!("a good client was refused: {reason}"));
                 }
@@ -286,11 +386,12 @@ impl Witness {
         let Ok(scan) = scan::scan_update(update) else {
             return;
         };
-        let known = inner
-            .documents
-            .get(document)
-            .map(|committed| committed.doc.transact().state_vector())
-            .unwrap_or_default();
+        let known = inner.documents.get(document).map(|committed| {
+            let mut known = committed.doc.transact().state_vector();
+            known.merge(committed.reach.clone());
+            known
+        });
+        let known = known.unwrap_or_default();
         let ahead = scan
             .client_ends()
             .find(|(client, end)| known.get(&ClientID::new(*client)) < *end);
@@ -311,7 +412,8 @@ impl Witness {
                 .entry(document.clone())
                 .or_insert_with(Committed::new);
             for change in changes {
-                if !inner.ledger.is_done(*change, committed.tokens()) {
+                let gone = committed.gone.contains(change);
+                if !gone && !inner.ledger.is_done(*change, committed.tokens()) {
                     missing = Some(*change);
                 }
             }
@@ -333,25 +435,47 @@ impl Committed {
         Self {
             doc: new_doc(),
             last: Seq(0),
-            epoch: Epoch(0),
+            right: (Slot(0), Epoch(0)),
             tokens: None,
+            gone: BTreeSet::new(),
+            reach: StateVector::default(),
         }
+    }
+
+    /// What lies there.
+    fn of(database: &Database, document: &DocumentId) -> Self {
+        let mut committed = Self::new();
+        if let Some(content) = database.content(document) {
+            let snapshot = content.snapshot.iter().map(|snapshot| &snapshot.bytes);
+            let log = content.log.iter().map(|(_, bytes)| bytes);
+            for bytes in snapshot.chain(log) {
+                let update = Update::decode_v1(bytes).expect("it was written");
+                let applied = committed.doc.transact_mut().apply_update(update);
+                applied.expect("it was written");
+            }
+            committed.last = content.last;
+        }
+        // Its own log is there, or was cut: then its slot has no older rows to compare with.
+        if let Some(row) = database.log(document).pop() {
+            committed.right = (row.slot, row.epoch);
+        }
+        committed
     }
 
     fn take(&mut self, append: &Append) -> Result<(), String> {
         let Append { seq, ownership, .. } = append;
         let problem = if *seq != self.last.next() {
             Some(format!("seq {seq} was written after {}", self.last))
-        } else if ownership.epoch < self.epoch {
+        } else if self.is_older(*ownership) {
             Some(format!(
                 "epoch {} wrote seq {seq} after epoch {}",
-                ownership.epoch, self.epoch
+                ownership.epoch, self.right.1
             ))
         } else {
             None
         };
         self.last = *seq;
-        self.epoch = ownership.epoch;
+        self.right = (ownership.slot, ownership.epoch);
         self.tokens = None;
         let update = Update::decode_v1(&append.bytes).map_err(|error| error.to_string())?;
         let mut txn = self.doc.transact_mut();
@@ -361,6 +485,11 @@ impl Committed {
             return Err(format!("seq {seq} has a gap before it"));
         }
         problem.map_or(Ok(()), Err)
+    }
+
+    fn is_older(&self, ownership: Ownership) -> bool {
+        let (slot, epoch) = self.right;
+        ownership.slot == slot && ownership.epoch < epoch
     }
 
     fn tokens(&mut self) -> &BTreeSet<Token> {
@@ -381,11 +510,21 @@ pub(crate) fn text(doc: &Doc) -> String {
 /// What came from a socket, so that receipts on it can be told from other frames.
 #[derive(Debug, Default)]
 pub(crate) struct Sent {
+    /// By somebody who may not write.
+    reader: bool,
     updates: Vec<(Bytes, Change)>,
     asked: Vec<(Vec<u8>, Vec<Change>)>,
 }
 
 impl Sent {
+    /// Nothing yet, by somebody who may not write if it is a reader.
+    pub(crate) fn by(reader: bool) -> Self {
+        Self {
+            reader,
+            ..Self::default()
+        }
+    }
+
     /// An edit was sent.
     pub(crate) fn update(&mut self, update: Bytes, change: Change) {
         self.updates.push((update, change));

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use collab_core::document::Document;
 use collab_core::ids::{DocumentId, NodeId, Slot};
-use collab_core::limits::LEASE;
+use collab_core::limits::{ADOPT_AFTER_FAILOVER, LEASE, SNAPSHOT_AFTER_UPDATES};
 use collab_core::ring::slot_of;
 use collab_node::documents::{Answer, Question};
-use collab_node::edge::{Access, Admitted, Visitor};
-use collab_node::store::memory::Database;
+use collab_node::edge::{Admitted, Visitor};
+use collab_node::store::memory::{Database, LAG_MAX};
 use collab_node::store::{Content, Loaded, Store};
 use futures::StreamExt;
 use rand::rngs::StdRng;
@@ -26,7 +26,7 @@ use crate::database::Server;
 use crate::network::{Connection, Host, Network};
 use crate::pod::{Listener, Process};
 use crate::settings::{Fault, Settings};
-use crate::witness::{Witness, text};
+use crate::witness::{Harm, Witness, text};
 
 /// The shortest time in which things go wrong.
 const TROUBLE_MIN: Duration = Duration::from_mins(1);
@@ -40,6 +40,13 @@ const AGREEMENT: Duration = Duration::from_secs(20);
 const ORPHANED_MAX: Duration = Duration::from_secs(5);
 /// A node lives well after this time without anything wrong with it.
 const WELL_AFTER: Duration = Duration::from_secs(8);
+
+/// Tasks of a node that serves nobody.
+const TASKS_OF_NODE: usize = 20;
+/// Most tasks for a client, a document or another node.
+const TASKS_EACH: usize = 4;
+/// Most rows that a log has left after the snapshots that are due.
+const LOG_ROWS_MAX: usize = 3 * SNAPSHOT_AFTER_UPDATES as usize;
 
 /// Everything.
 pub(crate) struct World {
@@ -73,6 +80,8 @@ pub(crate) struct Outcome {
     pub(crate) commits: usize,
     pub(crate) fenced: usize,
     pub(crate) early: usize,
+    /// Acknowledged changes that went with a database server.
+    pub(crate) gone: usize,
     pub(crate) faults: BTreeMap<Fault, usize>,
     pub(crate) simulated: Duration,
     pub(crate) tasks_max: usize,
@@ -84,6 +93,7 @@ pub(crate) struct Outcome {
 pub(crate) struct Failure {
     pub(crate) violations: Vec<String>,
     pub(crate) trace: String,
+    pub(crate) harm: Harm,
 }
 
 impl World {
@@ -104,6 +114,7 @@ impl World {
                 Err(Failure {
                     violations,
                     trace: world.witness.last_lines(),
+                    harm: world.witness.harm(),
                 })
             }
         })
@@ -151,8 +162,13 @@ impl World {
         for document in 0..self.settings.documents {
             for _ in 0..self.settings.clients {
                 let browser = self.roll(0, 99) as usize;
-                self.newcomer(document, browser);
+                self.newcomer(document, browser, false);
             }
+        }
+        for _ in 0..self.settings.readers {
+            let document = self.roll(0, self.settings.documents as u64 - 1);
+            let browser = self.roll(0, 99) as usize;
+            self.newcomer(document as usize, browser, true);
         }
         let watching = self.clone();
         let watch = tokio::spawn(async move { watching.watch().await });
@@ -175,8 +191,9 @@ impl World {
         self.recover().await;
         watch.abort();
         let tasks_max = *self.tasks_max.lock().expect("nobody panics with it");
-        self.check().await;
+        let gone = self.check().await;
         Outcome {
+            gone,
             acked: self.witness.with_ledger(|ledger| ledger.acknowledged()),
             commits: self.witness.commits(),
             fenced: self.witness.fenced(),
@@ -310,7 +327,7 @@ impl World {
                         let document = socket.document.clone();
                         let visitor = Visitor {
                             author: String::new(),
-                            access: Access::Write,
+                            access: socket.access,
                         };
                         let family = socket.family.clone();
                         let admitted = Admitted {
@@ -328,15 +345,15 @@ impl World {
 
     // -- clients --
 
-    fn newcomer(self: &Arc<Self>, document: usize, browser: usize) {
+    fn newcomer(self: &Arc<Self>, document: usize, browser: usize, reader: bool) {
         let number = {
             let mut next = self.next_client.lock().expect("nobody panics with it");
             *next += 1;
             *next - 1
         };
-        let document = DocumentId::new(&format!("document-{document}")).expect("a good name");
+        let document = name_of(document);
         let seed = self.roll_u64();
-        let handle = client::start(self, number, browser, document, seed);
+        let handle = client::start(self, number, browser, document, reader, seed);
         self.clients().insert(number, handle);
     }
 
@@ -349,7 +366,10 @@ impl World {
     ) -> Vec<Handle> {
         let clients = self.clients();
         let same = clients.values().filter(|other| {
-            other.number != number && other.browser == browser && other.document == *document
+            other.number != number
+                && !other.reader
+                && other.browser == browser
+                && other.document == *document
         });
         same.cloned().collect()
     }
@@ -449,6 +469,19 @@ impl World {
                 self.server.fail_over(0);
                 self.witness.failed_over(&self.server.database);
             }
+            Fault::LossyFailOver => {
+                // A standby that has not heard of the cluster at all is another story.
+                if self.witness.commits() < 2 * LAG_MAX {
+                    return false;
+                }
+                for pod in 0..self.settings.nodes {
+                    self.ails(pod, ADOPT_AFTER_FAILOVER);
+                }
+                let lost = self.roll(1, LAG_MAX as u64) as usize;
+                self.server.fail_over(lost);
+                self.witness.failed_over(&self.server.database);
+            }
+            Fault::Pin => self.pin(),
             Fault::CutPeers | Fault::CutPeersOneWay => {
                 self.network.cut(a, b);
                 if fault == Fault::CutPeers {
@@ -496,7 +529,7 @@ impl World {
                 let document = name.trim_start_matches("document-").parse();
                 // Somebody new, or another tab of somebody who is there.
                 let browser = self.roll(0, 20) as usize;
-                self.newcomer(document.expect("a number"), browser);
+                self.newcomer(document.expect("a number"), browser, handle.reader);
             }
         }
         true
@@ -575,9 +608,10 @@ impl World {
         tokio::spawn(async move {
             let store = world.server.database.sessions();
             let node = NodeId(format!("node-{pod}"));
-            if !world.server.is_down()
-                && let Ok(term) = store.take_term("operator").await
-            {
+            while world.server.is_down() {
+                sleep(Duration::from_millis(500)).await;
+            }
+            if let Ok(term) = store.take_term("operator").await {
                 let _ = store.set_drain(term, &node, drain).await;
             }
         });
@@ -602,6 +636,29 @@ impl World {
         });
     }
 
+    /// The operator finds a document hot, or no longer.
+    fn pin(self: &Arc<Self>) {
+        let number = self.roll(0, self.settings.documents as u64 - 1);
+        let document = name_of(number as usize);
+        let home = slot_of(&document, self.settings.slots);
+        let world = self.clone();
+        tokio::spawn(async move {
+            let store = world.server.database.sessions();
+            if world.server.is_down() {
+                return;
+            }
+            let Ok(term) = store.take_term("operator").await else {
+                return;
+            };
+            let _ = if world.server.database.slot_of(&document) == home {
+                store.pin(term, &document, home).await
+            } else {
+                store.unpin(term, &document, home).await
+            };
+            world.witness.after_statement(&world.server.database);
+        });
+    }
+
     fn tell(&self, client: usize, command: Command) {
         if let Some(handle) = self.clients().get(&client) {
             let _ = handle.commands.send(command);
@@ -620,10 +677,9 @@ impl World {
                 let pods = self.pods();
                 pods.iter().any(|pod| {
                     pod.ailed + WELL_AFTER <= now
-                        && pod
-                            .process
-                            .as_ref()
-                            .is_some_and(|process| process.breath.runs())
+                        && pod.process.as_ref().is_some_and(|process| {
+                            process.breath.runs() && !process.node.members.is_draining()
+                        })
                 })
             };
             let living: Vec<_> = self
@@ -648,10 +704,19 @@ impl World {
                     self.believes_too_long(members.incarnation());
                 }
                 let tasks = process.breath.tasks();
+                if self.tasks_bound() < tasks {
+                    let bound = self.tasks_bound();
+                    self.witness
+                        .violated(format!("{tasks} tasks in a node, which is to have {bound}"));
+                }
                 let mut most = self.tasks_max.lock().expect("nobody panics with it");
                 *most = tasks.max(*most);
             }
             for row in self.server.database.slots() {
+                if !self.server.database.is_used(row.slot) {
+                    orphaned.remove(&row.slot);
+                    continue;
+                }
                 let owned = row.owner.is_some_and(|owner| living.contains(&owner));
                 if owned || !well {
                     orphaned.remove(&row.slot);
@@ -670,12 +735,22 @@ impl World {
         }
     }
 
+    /// Most tasks that a node has for what it serves here.
+    fn tasks_bound(&self) -> usize {
+        let clients = self.clients().len();
+        TASKS_OF_NODE + TASKS_EACH * (clients + self.settings.documents + self.settings.nodes)
+    }
+
     /// A node holds its lease to be live, and the database does not, though nobody ended it early.
     fn believes_too_long(&self, incarnation: Uuid) {
         let members = self.server.database.members();
         let known = members
             .iter()
             .find(|member| member.incarnation == incarnation);
+        // Until then the new server may not have heard of renewals that the old one answered.
+        if self.server.failed_over_within(ADOPT_AFTER_FAILOVER) {
+            return;
+        }
         if known.is_some_and(|member| LEASE <= member.load_age) {
             self.witness.violated(format!(
                 "{incarnation} believes in a lease that has ended in the database"
@@ -722,13 +797,12 @@ impl World {
                     let pending = handle.pending.lock().expect("nobody panics with it");
                     !pending.is_empty()
                 });
-                let texts: BTreeMap<&DocumentId, String> = handles
-                    .iter()
+                let writers = || handles.iter().filter(|handle| !handle.reader);
+                let texts: BTreeMap<&DocumentId, String> = writers()
                     .map(|handle| (&handle.document, text(&handle.replica)))
                     .collect();
-                let differ = handles
-                    .iter()
-                    .any(|handle| texts[&handle.document] != text(&handle.replica));
+                let differ =
+                    writers().any(|handle| texts[&handle.document] != text(&handle.replica));
                 if !waits && !differ {
                     return;
                 }
@@ -737,8 +811,10 @@ impl World {
         let _ = tokio::time::timeout(AGREEMENT, agreed).await;
     }
 
-    /// Compares every client, the owner and a cold reload with each other and with what was promised.
-    async fn check(self: &Arc<Self>) {
+    /// Compares every client, the owner and a cold reload with each other and with what was promised. Answers how many
+    /// acknowledged changes went with a database server.
+    async fn check(self: &Arc<Self>) -> usize {
+        let mut gone = 0;
         let handles: Vec<Handle> = self.clients().values().cloned().collect();
         for handle in &handles {
             let pending = handle.pending.lock().expect("nobody panics with it").len();
@@ -750,10 +826,16 @@ impl World {
             }
         }
         for number in 0..self.settings.documents {
-            let document = DocumentId::new(&format!("document-{number}")).expect("a good name");
+            let document = name_of(number);
+            let rows = self.server.database.log(&document).len();
+            if LOG_ROWS_MAX < rows {
+                self.witness
+                    .violated(format!("{document} still has {rows} rows in its log"));
+            }
             let mut witnesses: Vec<(String, Doc)> = handles
                 .iter()
                 .filter(|handle| handle.document == document)
+                .filter(|handle| !handle.reader)
                 .map(|handle| (format!("client {}", handle.number), handle.replica.clone()))
                 .collect();
             match self.reload(&document).await {
@@ -772,6 +854,10 @@ impl World {
                 let verdict = self
                     .witness
                     .with_ledger(|ledger| ledger.judge(&document, &content));
+                self.witness.judged_text(&verdict);
+                if name == "a cold reload" {
+                    gone += verdict.gone;
+                }
                 if !verdict.is_clean() {
                     self.witness
                         .violated(format!("{document} at {name}: {verdict:?}"));
@@ -783,6 +869,7 @@ impl World {
                 }
             }
         }
+        gone
     }
 
     /// The document as a process that knows nothing would open it.
@@ -798,7 +885,7 @@ impl World {
             return Err("it was never created".to_owned());
         };
         let snapshot = snapshot.as_ref().map(|stored| (stored.seq, &stored.bytes));
-        let slot = slot_of(document, self.settings.slots);
+        let slot = self.server.database.slot_of(document);
         let epoch = self.server.database.slots()[usize::from(slot.0)].epoch;
         let opened =
             Document::open(epoch, snapshot, &log, last).map_err(|error| error.to_string())?;
@@ -807,7 +894,7 @@ impl World {
 
     /// The document as its owner has it in memory.
     async fn owner(&self, document: &DocumentId) -> Result<Doc, String> {
-        let slot = slot_of(document, self.settings.slots);
+        let slot = self.server.database.slot_of(document);
         let owner = self.server.database.slots()[usize::from(slot.0)].owner;
         let processes: Vec<Arc<Process>> = self
             .pods()
@@ -850,6 +937,10 @@ impl World {
     fn clients(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, Handle>> {
         self.clients.lock().expect("nobody panics with it")
     }
+}
+
+fn name_of(document: usize) -> DocumentId {
+    DocumentId::new(&format!("document-{document}")).expect("a good name")
 }
 
 fn replica_of(state: &[u8]) -> Doc {

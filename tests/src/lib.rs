@@ -15,6 +15,7 @@ pub mod dashboards;
 pub mod embedded;
 pub mod images;
 pub mod kubernetes;
+pub mod mutants;
 pub mod network;
 pub mod nodes;
 pub mod postgres;

@@ -1,13 +1,14 @@
 //! Defects on purpose, to see that the tests find them.
 //!
-//! They exist only in programs that were compiled with `COLLAB_MUTANTS` in the environment
+//! They exist only in programs that were compiled with the feature `mutants` of this package
 //! (`just mutants`); in all others [`Mutant::is_active`] is `false` for the compiler, and what it guards is
 //! not there. At most one of them is active, chosen once per process.
 
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 /// Whether this program was compiled with the defects.
-pub const COMPILED_IN: bool = option_env!("COLLAB_MUTANTS").is_some();
+pub const COMPILED_IN: bool = cfg!(feature = "mutants");
 
 static CHOSEN: OnceLock<Mutant> = OnceLock::new();
 
@@ -20,7 +21,7 @@ pub enum Mutant {
     NoEpochCheck,
     /// One update in a thousand is not sent to the other clients.
     UpdateDropped,
-    /// An opening passes over the first row of the log.
+    /// An opening passes over the last row of the log.
     RowSkippedOnLoad,
     /// A snapshot says that it holds one row more than it does.
     SnapshotWithGap,
@@ -34,11 +35,17 @@ pub enum Mutant {
     ReceiptOfNothingAtOnce,
     /// A node that was cut off itself adopts as soon as the store answers again.
     AdoptionAfterOutage,
+    /// A pin leaves the epoch of the slot as it is that it takes a document from.
+    PinKeepsEpoch,
+    /// The write rule looks at a slot without locking it, as a fence with `exists` does.
+    ExistsFence,
+    /// Who ends the lease of another one looks at the two members without locking them.
+    EarlyFenceUnlocked,
 }
 
 impl Mutant {
     /// Each of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 13] = [
         Self::AckBeforeCommit,
         Self::NoEpochCheck,
         Self::UpdateDropped,
@@ -49,6 +56,9 @@ impl Mutant {
         Self::ConflictIsSuccess,
         Self::ReceiptOfNothingAtOnce,
         Self::AdoptionAfterOutage,
+        Self::PinKeepsEpoch,
+        Self::ExistsFence,
+        Self::EarlyFenceUnlocked,
     ];
 
     /// Its name, as in the code.
@@ -74,6 +84,18 @@ impl Mutant {
             assert!(COMPILED_IN, "this program was compiled without mutants");
         }
         CHOSEN.get_or_init(|| self);
+    }
+
+    /// A statement; with the defect it says `to` where it said `from`.
+    ///
+    /// # Panics
+    /// When the defect is active and the statement does not say `from`.
+    pub fn rewrites(self, statement: &'static str, from: &str, to: &str) -> Cow<'static, str> {
+        if !self.is_active() {
+            return Cow::Borrowed(statement);
+        }
+        assert!(statement.contains(from), "{statement} does not say {from}");
+        Cow::Owned(statement.replace(from, to))
     }
 
     /// Whether the defect is to be there.

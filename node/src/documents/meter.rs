@@ -80,13 +80,14 @@ impl Documents {
             .clone()
     }
 
-    /// Samples the load for ever.
+    /// Samples the load for ever, and forgets what was read ahead in vain.
     pub async fn measure(self: Arc<Self>) {
         let mut begun = Instant::now();
         loop {
             sleep(SAMPLE_EVERY).await;
             let load = self.sample(begun.elapsed());
             begun = Instant::now();
+            self.preloads.forget_old();
             *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
         }
     }

@@ -18,15 +18,16 @@ use collab_core::limits::{
     ADOPT_AFTER_STEADY, LOST_LEASES_KEPT_FOR, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
 use collab_core::mutants::Mutant;
+use collab_core::ring::slot_of;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::integrity::{LogRow, check_tail, snapshot_hash};
 use super::{
-    Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
-    MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed,
-    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
+    Append, Appended, Claim, Content, Created, DocumentRow, Failovers, Fence, Judgement, LoadError,
+    Loaded, MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal,
+    Renewed, SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// When the clock of every simulated database begins, in milliseconds of Unix time.
@@ -112,6 +113,7 @@ struct DocumentRecord {
 
 #[derive(Clone)]
 struct LogRecord {
+    slot: Slot,
     epoch: Epoch,
     crc32c: u32,
     bytes: Bytes,
@@ -131,6 +133,8 @@ struct SnapshotRecord {
 pub struct StoredUpdate {
     /// Its position.
     pub seq: Seq,
+    /// The slot it was written under.
+    pub slot: Slot,
     /// The epoch it was written under.
     pub epoch: Epoch,
     /// The client's bytes.
@@ -213,10 +217,32 @@ impl Database {
         let log = record.into_iter().flat_map(|record| &record.log);
         log.map(|(seq, row)| StoredUpdate {
             seq: *seq,
+            slot: row.slot,
             epoch: row.epoch,
             bytes: row.bytes.clone(),
         })
         .collect()
+    }
+
+    /// The slot that a document is in.
+    pub fn slot_of(&self, document: &DocumentId) -> Slot {
+        let server = self.server();
+        let pinned = server.primary.pinned(document);
+        pinned.unwrap_or_else(|| slot_of(document, server.primary.slots_fixed))
+    }
+
+    /// Whether a slot is for documents: a virtual one that is free is not.
+    pub fn is_used(&self, slot: Slot) -> bool {
+        let rows = &self.server().primary;
+        slot.0 < rows.slots_fixed || rows.pins.contains_key(&slot)
+    }
+
+    /// A document that lives, as it is loaded.
+    pub fn content(&self, document: &DocumentId) -> Option<Content> {
+        match self.read(|rows, _| rows.load(document, None)) {
+            Ok(Loaded::Live(content)) => Some(content),
+            _ => None,
+        }
     }
 
     /// Changes rows as no statement would.
@@ -327,6 +353,7 @@ impl Rows {
             let fits = !document.deleted && document.base < append.seq;
             if fits && !document.log.contains_key(&append.seq) {
                 let row = LogRecord {
+                    slot: append.ownership.slot,
                     epoch: append.ownership.epoch,
                     crc32c: crc32c::crc32c(&append.bytes),
                     bytes: append.bytes.clone(),
@@ -683,7 +710,8 @@ impl Rows {
         self.slots[usize::from(own.0)].owner = owner;
         for slot in [home, own] {
             let row = &mut self.slots[usize::from(slot.0)];
-            row.epoch.0 += 1;
+            let kept = slot == home && Mutant::PinKeepsEpoch.is_active();
+            row.epoch.0 += i64::from(!kept);
             row.revision = self.transaction;
         }
     }
@@ -811,15 +839,23 @@ impl DocumentRecord {
     }
 }
 
-#[async_trait]
-impl Store for Memory {
-    async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
+impl Memory {
+    /// Nothing is written between a fail-over and [`Store::reclaim`].
+    fn may_write(&self) -> Result<(), StoreError> {
         if self.failovers().is_pending() {
             let reason = "the database has failed over and the slots are not taken back yet";
             return Err(StoreError::Unavailable(sqlx::Error::Configuration(
                 reason.into(),
             )));
         }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Store for Memory {
+    async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
+        self.may_write()?;
         let batch = batch.to_vec();
         Ok(self
             .database
@@ -845,6 +881,7 @@ impl Store for Memory {
         ownership: Ownership,
         recreate: Recreate,
     ) -> Result<Created, StoreError> {
+        self.may_write()?;
         let document = document.clone();
         Ok(self
             .database
@@ -857,6 +894,7 @@ impl Store for Memory {
         ownership: Ownership,
         last: Seq,
     ) -> Result<Fence, StoreError> {
+        self.may_write()?;
         let document = document.clone();
         Ok(self
             .database
@@ -864,6 +902,7 @@ impl Store for Memory {
     }
 
     async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
+        self.may_write()?;
         let snapshot = snapshot.clone();
         Ok(self
             .database
@@ -875,6 +914,7 @@ impl Store for Memory {
         document: &DocumentId,
         ownership: Ownership,
     ) -> Result<Fence, StoreError> {
+        self.may_write()?;
         let document = document.clone();
         Ok(self
             .database

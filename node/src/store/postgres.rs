@@ -11,6 +11,7 @@
 //! outcome is unknown. What an administrator cancels all the same is unknown, too: [`Warnings`] hears of it,
 //! and saying the statement again waits for the standby again.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,12 +25,13 @@ use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_core::limits::{
     ADOPT_AFTER_STEADY, CLAIM_LOCK_TIMEOUT, LOST_LEASES_KEPT_FOR, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
+use collab_core::mutants::Mutant;
 use sqlx::error::DatabaseError;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
 use sqlx::query::Query;
 use sqlx::types::Json;
-use sqlx::{Connection, Executor, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -95,6 +97,11 @@ with want as (
   returning document, seq
 )
 select (select array_agg(slot) from held), (select array_agg(document) from put), (select array_agg(seq) from put)";
+
+/// [`APPEND`] as it is sent.
+pub fn append_statement() -> Cow<'static, str> {
+    Mutant::ExistsFence.rewrites(APPEND, "for share of s", "")
+}
 
 /// Locks the slots `$1` for a change of who owns what in them, in ascending order.
 pub const LOCK_SLOTS: &str =
@@ -245,13 +252,24 @@ impl Postgres {
             .ok_or_else(|| self.failed(sqlx::Error::RowNotFound))
     }
 
-    /// Runs one statement that writes. A warning means that its rows may be on this server alone.
+    /// Runs one statement that writes documents. A warning means that its rows may be on this server alone.
     async fn run_durably(
         &self,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<PgRow, StoreError> {
         let warnings = WARNINGS.load(Ordering::Acquire);
-        let row = self.run_one(&self.writes, DATA_TIMEOUT, query).await?;
+        // The session tells of a failover before it is used.
+        let mut session = self.session(&self.writes).await?;
+        if self.failovers().is_pending() {
+            session.ended();
+            return Err(StoreError::Unavailable(sqlx::Error::Configuration(
+                "the database has failed over and the slots are not taken back yet".into(),
+            )));
+        }
+        let row = within(DATA_TIMEOUT, query.fetch_one(session.connection()))
+            .await
+            .map_err(|error| self.failed(error))?;
+        session.ended();
         unless_warned(warnings, row)
     }
 
@@ -506,7 +524,7 @@ impl Store for Postgres {
             })
             .collect();
         let (slots, epochs, incarnations) = columns(&owned);
-        let query = sqlx::query(APPEND)
+        let query = sqlx::query(AssertSqlSafe(append_statement()))
             .bind(slots)
             .bind(epochs)
             .bind(incarnations)
@@ -537,20 +555,7 @@ impl Store for Postgres {
                     .map(|append| append.author.replace('\0', ""))
                     .collect::<Vec<_>>(),
             );
-        let warnings = WARNINGS.load(Ordering::Acquire);
-        // The session tells of a failover before it is used.
-        let mut session = self.session(&self.writes).await?;
-        if self.failovers().is_pending() {
-            session.ended();
-            return Err(StoreError::Unavailable(sqlx::Error::Configuration(
-                "the database has failed over and the slots are not taken back yet".into(),
-            )));
-        }
-        let row = within(DATA_TIMEOUT, query.fetch_one(session.connection()))
-            .await
-            .map_err(|error| self.failed(error))?;
-        session.ended();
-        let row = unless_warned(warnings, row)?;
+        let row = self.run_durably(query).await?;
         let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
         let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
         let seqs: Vec<i64> = get::<Option<_>>(&row, 2)?.unwrap_or_default();
@@ -938,8 +943,8 @@ impl Store for Postgres {
         age: Duration,
     ) -> Result<Judgement, StoreError> {
         // Whatever is compared is read from the locked rows, which a renewal in between may have changed.
-        let query = sqlx::query(
-            "with pair as materialized (
+        let statement = "
+             with pair as materialized (
                select incarnation, fenced, lease_end, renewed_at from member where incarnation in ($1, $2)
                order by incarnation for no key update
              ), judge as (
@@ -952,11 +957,13 @@ impl Store for Postgres {
                where m.incarnation = t.incarnation and $3 * interval '1 ms' <= t.age
                returning pg_notify('collab_members', '')
              )
-             select (extract(epoch from t.age) * 1000)::bigint, exists (select from ended) from target t",
-        )
-        .bind(judge)
-        .bind(target)
-        .bind(millis(age)?);
+             select (extract(epoch from t.age) * 1000)::bigint, exists (select from ended) from target t";
+        let locks = "order by incarnation for no key update";
+        let statement = Mutant::EarlyFenceUnlocked.rewrites(statement, locks, "");
+        let query = sqlx::query(AssertSqlSafe(statement))
+            .bind(judge)
+            .bind(target)
+            .bind(millis(age)?);
         let rows = self.run(&self.control, CONTROL_TIMEOUT, query).await?;
         let Some(row) = rows.first() else {
             return Ok(Judgement::Void);
@@ -1382,7 +1389,12 @@ async fn change_pin(
             .bind([home, own])
             .execute(&mut *change)
             .await?;
-        sqlx::query(MOVE_DOCUMENT)
+        let statement = Mutant::PinKeepsEpoch.rewrites(
+            MOVE_DOCUMENT,
+            "epoch + 1",
+            "epoch + (s.slot = $2)::int",
+        );
+        sqlx::query(AssertSqlSafe(statement))
             .bind(home)
             .bind(own)
             .bind((wanted == Wanted::Pinned).then_some(document.as_str()))

@@ -192,6 +192,18 @@ async fn a_failover_is_seen(bench: &Bench, fails_over: impl AsyncFnOnce(&Node, &
         matches!(failed, Err(StoreError::Unavailable(_))),
         "the log may end earlier now: {failed:?}"
     );
+    let snapshot = NewSnapshot {
+        document: doc.clone(),
+        ownership: node.right(1),
+        room_epoch: RoomEpoch(1),
+        seq: Seq(2),
+        bytes: Bytes::from("1 2"),
+    };
+    let failed = bench.store.snapshot(&snapshot).await;
+    assert!(
+        matches!(failed, Err(StoreError::Unavailable(_))),
+        "it may hold what the log does not: {failed:?}"
+    );
     assert!(bench.store.failovers().is_pending());
     let held = [node.right(1)];
     let taken = bench.store.reclaim(node.incarnation, &held).await.unwrap();
