@@ -2,6 +2,7 @@
 //! without its lock, or with a weaker one, loses updates in the same race; so does a pin that leaves the epoch
 //! of the slot as it is that it takes a document from.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ const ROWS: usize = 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_update_appears_behind_the_back_of_a_new_owner() {
-    let outcome = race(&append_statement(), &Taking::Claim).await;
+    let outcome = race(&write_rule(), &Taking::Claim).await;
     println!("the write rule: {outcome:?}");
     assert_eq!(outcome.violations, 0, "{outcome:?}");
     assert!(
@@ -54,7 +55,7 @@ async fn the_race_catches_a_lock_that_a_claim_does_not_wait_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_update_appears_in_a_document_that_was_pinned_or_unpinned() {
     for taking in [Taking::Pin(None), Taking::Unpin(None)] {
-        let outcome = race(&append_statement(), &taking).await;
+        let outcome = race(&write_rule(), &taking).await;
         println!("{taking:?}: {outcome:?}");
         assert_eq!(outcome.violations, 0, "{outcome:?}");
         assert!(
@@ -106,6 +107,12 @@ struct Outcome {
     slowest_claim: Duration,
 }
 
+/// The write rule as a node sends it.
+fn write_rule() -> Cow<'static, str> {
+    collab_tests::mutants::choose();
+    append_statement()
+}
+
 fn mutant(statement: &str, from: &str, to: &str) -> String {
     let mutant = statement.replace(from, to);
     assert_ne!(mutant, statement, "the statement no longer says {from}");
@@ -114,7 +121,6 @@ fn mutant(statement: &str, from: &str, to: &str) -> String {
 
 /// Has document after document taken from a busy old owner, and loaded as the load rule says.
 async fn race(statement: &str, taking: &Taking) -> Outcome {
-    collab_tests::mutants::choose();
     let server = Server::shared().await;
     let url = server.database().await;
     let store = Postgres::connect(&url).await.unwrap();
