@@ -199,7 +199,7 @@ fn encode(sections: &[(u32, Vec<u8>, u64)], deletes: &mut [Vec<(u32, u32)>]) -> 
 pub(crate) fn check() {
     use yrs::updates::decoder::Decode;
     use yrs::{ReadTxn, Transact, Update};
-    let doc = collab_core::document::new_doc();
+    let doc = collab_core::replica::new_doc();
     let mut edits = Vec::new();
     for number in 0..3 {
         let mut edit = Vec::new();

@@ -15,7 +15,7 @@
 
 use std::time::Instant;
 
-use collab_core::document::new_doc;
+use collab_core::replica::new_doc;
 use collab_core::scan::{Places, scan_update};
 use collab_tests::clients::Script;
 use serde::Deserialize;

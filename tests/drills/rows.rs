@@ -2,8 +2,8 @@
 //! and opened for the first time after the damage.
 
 use anyhow::{Context as _, Result};
-use collab_core::document::new_doc;
 use collab_core::ids::DocumentId;
+use collab_core::replica::new_doc;
 use collab_core::ring::slot_of;
 use sqlx::PgConnection;
 use tokio::time::sleep;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use collab_core::document::new_doc;
+use collab_core::replica::new_doc;
 use serde::Deserialize;
 use yrs::updates::decoder::Decode;
 use yrs::{ReadTxn, StateVector, Transact, Update};

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use bytes::Bytes;
-use collab_core::document::new_doc;
 use collab_core::ids::{DocumentId, Epoch, NodeId, Seq};
+use collab_core::replica::new_doc;
 use collab_core::ring::slot_of;
 use collab_node::store::postgres::Postgres;
 use collab_node::store::sqlite::Sqlite;

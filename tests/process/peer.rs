@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use collab_core::document::new_doc;
+use collab_core::replica::new_doc;
 use collab_core::wire::y_sweet;
 use collab_core::wire::y_websocket::{self, Message};
 use futures::{SinkExt, StreamExt};

@@ -27,8 +27,8 @@ use std::fmt::Write;
 use std::sync::Mutex;
 
 use bytes::Bytes;
-use collab_core::document::new_doc;
 use collab_core::ids::{DocumentId, Epoch, Seq, Slot};
+use collab_core::replica::new_doc;
 use collab_core::scan;
 use collab_core::wire::y_websocket::{self, Message};
 use collab_node::store::memory::Database;

@@ -944,7 +944,7 @@ fn name_of(document: usize) -> DocumentId {
 }
 
 fn replica_of(state: &[u8]) -> Doc {
-    let doc = collab_core::document::new_doc();
+    let doc = collab_core::replica::new_doc();
     let update = Update::decode_v1(state).expect("an owner's state");
     let applied = doc.transact_mut().apply_update(update);
     applied.expect("an owner's state can be applied");

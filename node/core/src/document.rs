@@ -15,7 +15,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
-use yrs::{Doc, OffsetKind, Options, ReadTxn, StateVector, Transact, Update};
+use yrs::{ReadTxn, StateVector, Transact, Update};
 
 use crate::ids::{ConnectionId, Epoch, Seq};
 use crate::limits::{
@@ -23,6 +23,7 @@ use crate::limits::{
     UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX, UNSAVED_BYTES_MAX, UNSAVED_UPDATES_MAX,
 };
 use crate::mutants::Mutant;
+use crate::replica::{Applied, Replica};
 use crate::scan::{self, Novelty, Places};
 use crate::wire::awareness;
 use crate::wire::relay::{ToEdge, UpdateKind};
@@ -194,7 +195,7 @@ pub struct OpenError {
 
 /// One open document.
 pub struct Document {
-    doc: Doc,
+    doc: Replica,
     places: Places,
     epoch: Epoch,
     assigned: Seq,
@@ -274,7 +275,7 @@ impl Document {
         let (from, state) =
             snapshot.map_or((before, Bytes::new()), |(seq, state)| (seq, state.clone()));
         let mut document = Self {
-            doc: new_doc(),
+            doc: Replica::new(),
             places: Places::default(),
             epoch,
             assigned: last,
@@ -328,11 +329,10 @@ impl Document {
             .take(&scan)
             .map_err(|error| failed(error.to_string()))?;
         let update = Update::decode_v1(bytes).map_err(|error| failed(error.to_string()))?;
-        // Each in its own transaction: `yrs` takes forty times as long for many in one.
         self.doc
-            .transact_mut()
-            .apply_update(update)
-            .map_err(|error| failed(error.to_string()))
+            .apply(&scan, update)
+            .map_err(|error| failed(error.to_string()))?;
+        Ok(())
     }
 
     /// Takes one input and says what is to be done.
@@ -871,15 +871,12 @@ impl Document {
     }
 
     fn restore(&mut self, state: &[u8]) -> Vec<Effect> {
-        let earlier = new_doc();
-        let applied = Update::decode_v1(state)
-            .ok()
-            .and_then(|state| earlier.transact_mut().apply_update(state).ok());
-        let known = self.doc.transact().state_vector();
-        let update: Bytes = earlier.transact().encode_state_as_update_v1(&known).into();
-        if applied.is_none() {
+        let mut earlier = Replica::new();
+        if earlier.replay(state).is_none() {
             return vec![Effect::NotAdmitted { reason: "invalid" }];
         }
+        let known = self.doc.transact().state_vector();
+        let update: Bytes = earlier.transact().encode_state_as_update_v1(&known).into();
         match self.admit(&update) {
             Admission::Added => {
                 let mut effects = self.added(None, update, String::new());
@@ -918,15 +915,13 @@ impl Document {
         if let Err(error) = self.places.take(&scan) {
             return invalid(&error);
         }
-        let mut txn = self.doc.transact_mut();
-        if let Err(error) = txn.apply_update(decoded) {
-            self.is_broken = true;
-            return invalid(&error);
-        }
-        if txn.has_changes() {
-            Admission::Added
-        } else {
-            Admission::NothingNew
+        match self.doc.apply(&scan, decoded) {
+            Ok(Applied::Added) => Admission::Added,
+            Ok(Applied::NothingNew) => Admission::NothingNew,
+            Err(error) => {
+                self.is_broken = true;
+                invalid(&error)
+            }
         }
     }
 
@@ -1083,17 +1078,9 @@ const fn send(peer: Peer, message: ToEdge) -> Effect {
     }
 }
 
-/// A document that counts text as Yjs does, in UTF-16 units.
-pub fn new_doc() -> Doc {
-    Doc::with_options(Options {
-        offset_kind: OffsetKind::Utf16,
-        ..Options::default()
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use yrs::{ClientID, GetString, Text};
+    use yrs::{ClientID, Doc, GetString, OffsetKind, Options, Text};
 
     use super::*;
     use crate::limits::PAST_BYTES_MIN;

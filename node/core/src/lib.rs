@@ -12,6 +12,7 @@ pub mod ids;
 pub mod limits;
 pub mod mutants;
 pub mod quarantine;
+pub mod replica;
 pub mod ring;
 pub mod scan;
 pub mod wire;

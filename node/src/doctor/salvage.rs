@@ -149,8 +149,8 @@ fn add(document: &mut Document, update: &Bytes) -> Added {
 
 #[cfg(test)]
 mod tests {
-    use collab_core::document::new_doc;
     use collab_core::ids::RoomEpoch;
+    use collab_core::replica::new_doc;
     use yrs::updates::decoder::Decode;
     use yrs::{Doc, GetString, ReadTxn, StateVector, Text, Transact, Update};
 

@@ -38,8 +38,8 @@ pub(super) fn good_part(epoch: Epoch, content: &Content) -> Document {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use collab_core::document::new_doc;
     use collab_core::ids::RoomEpoch;
+    use collab_core::replica::new_doc;
     use yrs::{Text, Transact};
 
     use super::*;

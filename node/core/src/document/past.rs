@@ -8,11 +8,11 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use yrs::updates::decoder::Decode;
-use yrs::{ClientID, Doc, StateVector, Transact, Update};
+use yrs::{ClientID, StateVector};
 
 use crate::ids::Seq;
 use crate::limits::PAST_BYTES_MIN;
+use crate::replica::Replica;
 use crate::scan::Parts;
 
 /// A whole state, encoded.
@@ -63,7 +63,7 @@ pub(super) struct Past {
     rows: VecDeque<(Seq, Bytes)>,
     rows_bytes: usize,
     /// Built from them up to a position, while somebody asks for it.
-    doc: Option<(Seq, Doc)>,
+    doc: Option<(Seq, Replica)>,
 }
 
 impl Past {
@@ -134,13 +134,13 @@ impl Past {
 
     /// The document up to and including `seq`. Costs its whole replay the first time, then what was added.
     /// `None` when the bytes cannot be replayed, which does not happen to what was applied before.
-    pub(super) fn at(&mut self, seq: Seq) -> Option<&Doc> {
-        let (from, doc) = match self.doc.take() {
+    pub(super) fn at(&mut self, seq: Seq) -> Option<&Replica> {
+        let (from, mut doc) = match self.doc.take() {
             Some((from, doc)) if from <= seq => (from, doc),
             _ => {
-                let doc = super::new_doc();
+                let mut doc = Replica::new();
                 if !self.base.bytes.is_empty() {
-                    apply(&doc, &self.base.bytes)?;
+                    doc.replay(&self.base.bytes)?;
                 }
                 (Seq(0), doc)
             }
@@ -150,13 +150,8 @@ impl Past {
             .iter()
             .filter(|(row, _)| from < *row && *row <= seq)
         {
-            apply(&doc, update)?;
+            doc.replay(update)?;
         }
         Some(&self.doc.insert((seq, doc)).1)
     }
-}
-
-fn apply(doc: &Doc, update: &[u8]) -> Option<()> {
-    let update = Update::decode_v1(update).ok()?;
-    doc.transact_mut().apply_update(update).ok()
 }

@@ -153,7 +153,7 @@ mod tests {
     use yrs::{ClientID, Doc, GetString, ReadTxn, StateVector, Text, Transact, Update};
 
     use super::*;
-    use crate::document::new_doc;
+    use crate::replica::new_doc;
 
     /// Whoever has any earlier state has the whole one with what it lacked, in which nothing is that it did not lack.
     #[test]

@@ -186,9 +186,15 @@ impl Kept {
                 clock: known - 1,
                 ..id
             });
-            if let (At::In { list: before, .. }, At::In { list, .. }) = (before, at)
-                && before != list
-            {
+            let same = match (before, at) {
+                (At::In { list: before, .. }, At::In { list, .. }) => before == list,
+                // `yrs` would put the rest beside what is there, wherever that is.
+                (At::In { .. }, At::Nowhere) => {
+                    matches!(read.place, Place::Skipped | Place::Collected)
+                }
+                (At::Nowhere, _) => true,
+            };
+            if !same {
                 return Err(misplaced("other content than the document has"));
             }
         }
@@ -462,6 +468,17 @@ mod tests {
         take(&mut places, 1, 3, &[&in_new, &[0xC4, 1, 3, 1, 0, 1, b'y']]).unwrap_err();
         assert_eq!(places.kept, kept);
         assert_eq!(places.next_clock(1), 3);
+    }
+
+    /// Whatever else a client says of what the document has: the rest of it goes where that is.
+    #[test]
+    fn the_rest_of_a_struct_stays_with_what_the_document_has_of_it() {
+        let mut places = Places::default();
+        take(&mut places, 1, 0, &[&[0, 1], IN_KEY]).unwrap();
+        let beside_what_is_collected = [0x84, 1, 0, 2, b'x', b'y'];
+        assert!(take(&mut places.clone(), 1, 1, &[&beside_what_is_collected]).is_err());
+        // It was deleted with all around it, and so is what came after.
+        take(&mut places, 1, 1, &[&[0, 3]]).unwrap();
     }
 
     #[test]
