@@ -160,6 +160,11 @@ impl Sink<WsMessage> for Socket {
     }
 }
 
+/// The Yjs client id of a client.
+pub(crate) const fn id_of(number: usize) -> ClientID {
+    ClientID::new(number as u64 + 1)
+}
+
 /// Starts a client.
 pub(crate) fn start(
     world: &Arc<World>,
@@ -170,7 +175,7 @@ pub(crate) fn start(
     seed: u64,
 ) -> Handle {
     let options = Options {
-        client_id: ClientID::new(number as u64 + 1),
+        client_id: id_of(number),
         offset_kind: OffsetKind::Utf16,
         ..Options::default()
     };

@@ -159,6 +159,7 @@ struct Sum {
     fenced: usize,
     early: usize,
     gone: usize,
+    anew: usize,
     tasks_max: usize,
     simulated: Duration,
     faults: BTreeMap<Fault, usize>,
@@ -176,6 +177,7 @@ impl Sum {
                 self.fenced += outcome.fenced;
                 self.early += outcome.early;
                 self.gone += outcome.gone;
+                self.anew += outcome.anew;
                 self.tasks_max = self.tasks_max.max(outcome.tasks_max);
                 self.simulated += outcome.simulated;
                 let faults: usize = outcome.faults.values().sum();
@@ -233,6 +235,7 @@ impl Sum {
             ("doubled", doubled.to_string()),
             ("two owners", two_owners.to_string()),
             ("gone with a primary", self.gone.to_string()),
+            ("begun anew", self.anew.to_string()),
             ("seconds", format!("{:.0}", took.as_secs_f64())),
         ];
         println!();

@@ -82,6 +82,8 @@ pub(crate) struct Outcome {
     pub(crate) early: usize,
     /// Acknowledged changes that went with a database server.
     pub(crate) gone: usize,
+    /// Clients that had to begin anew: they had seen a part of edits that went with their author.
+    pub(crate) anew: usize,
     pub(crate) faults: BTreeMap<Fault, usize>,
     pub(crate) simulated: Duration,
     pub(crate) tasks_max: usize,
@@ -188,11 +190,12 @@ impl World {
                 *faults.entry(fault).or_default() += 1;
             }
         }
-        self.recover().await;
+        let anew = self.recover().await;
         watch.abort();
         let tasks_max = *self.tasks_max.lock().expect("nobody panics with it");
         let gone = self.check().await;
         Outcome {
+            anew,
             gone,
             acked: self.witness.with_ledger(|ledger| ledger.acknowledged()),
             commits: self.witness.commits(),
@@ -519,19 +522,23 @@ impl World {
             }
             Fault::ResetClient => return 0 < self.network.reset(|from, _| from == c),
             Fault::Offline => self.tell(client, Command::Offline(length)),
-            Fault::Depart => {
-                let Some(handle) = self.clients().remove(&client) else {
-                    return false;
-                };
-                let _ = handle.commands.send(Command::Depart);
-                self.network.reset(|from, _| from == c);
-                let name = handle.document.as_str();
-                let document = name.trim_start_matches("document-").parse();
-                // Somebody new, or another tab of somebody who is there.
-                let browser = self.roll(0, 20) as usize;
-                self.newcomer(document.expect("a number"), browser, handle.reader);
-            }
+            Fault::Depart => return self.replace(client),
         }
+        true
+    }
+
+    /// A client goes for good, with what it has not sent yet, and another one comes.
+    fn replace(self: &Arc<Self>, client: usize) -> bool {
+        let Some(handle) = self.clients().remove(&client) else {
+            return false;
+        };
+        let _ = handle.commands.send(Command::Depart);
+        self.network.reset(|from, _| from == Host::Client(client));
+        let name = handle.document.as_str();
+        let document = name.trim_start_matches("document-").parse();
+        // Somebody new, or another tab of somebody who is there.
+        let browser = self.roll(0, 20) as usize;
+        self.newcomer(document.expect("a number"), browser, handle.reader);
         true
     }
 
@@ -758,8 +765,8 @@ impl World {
         }
     }
 
-    /// Ends all that goes wrong, and sees that receipts come again.
-    async fn recover(self: &Arc<Self>) {
+    /// Ends all that goes wrong, and sees that receipts come again. Answers how many clients had to begin anew.
+    async fn recover(self: &Arc<Self>) -> usize {
         self.witness.trace(|| "everything heals".to_owned());
         self.network.heal();
         self.server.come_up();
@@ -779,15 +786,28 @@ impl World {
         let healed = Instant::now();
         sleep(RECOVERY).await;
         let handles: Vec<Handle> = self.clients().values().cloned().collect();
+        let mut anew = 0;
         for handle in &handles {
-            let pending = handle.pending.lock().expect("nobody panics with it");
-            let overdue = pending.iter().find(|(_, made)| **made <= healed);
-            if let Some((change, _)) = overdue {
-                self.witness.violated(format!(
-                    "client {} still waits for the receipt of {change:?}, {RECOVERY:?} after the last fault",
-                    handle.number
-                ));
+            let overdue = {
+                let pending = handle.pending.lock().expect("nobody panics with it");
+                let mut changes = pending.iter();
+                changes
+                    .find(|(_, made)| **made <= healed)
+                    .map(|(change, _)| *change)
+            };
+            let Some(change) = overdue else { continue };
+            if self.waits_for_what_nobody_has(handle).await {
+                anew += 1;
+                self.replace(handle.number);
+                continue;
             }
+            self.witness.violated(format!(
+                "client {} still waits for the receipt of {change:?}, {RECOVERY:?} after the last fault",
+                handle.number
+            ));
+        }
+        let handles: Vec<Handle> = self.clients().values().cloned().collect();
+        for handle in &handles {
             let _ = handle.commands.send(Command::Rest);
         }
         let agreed = async {
@@ -809,6 +829,24 @@ impl World {
             }
         };
         let _ = tokio::time::timeout(AGREEMENT, agreed).await;
+        anew
+    }
+
+    /// Another tab showed it edits whose beginning went with their author: nobody can give it a receipt, and its way
+    /// out is a fresh document.
+    async fn waits_for_what_nobody_has(&self, handle: &Handle) -> bool {
+        let Ok(owner) = self.owner(&handle.document).await else {
+            return false;
+        };
+        let known = owner.transact().state_vector();
+        let txn = handle.replica.transact();
+        txn.store().pending_update().is_some_and(|pending| {
+            let mut missing = pending.missing.iter();
+            missing.any(|(client, clock)| {
+                let is_here = |number: &usize| client::id_of(*number) == *client;
+                known.get(client) <= *clock && !self.clients().keys().any(is_here)
+            })
+        })
     }
 
     /// Compares every client, the owner and a cold reload with each other and with what was promised. Answers how many
