@@ -7,9 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use collab_core::ids::{DocumentId, Seq, Slot, Term};
+use bytes::Bytes;
+use collab_core::ids::{DocumentId, Epoch, Seq, Slot, Term};
+use collab_node::log::{Log, LogEvent};
+use collab_node::members::Members;
+use collab_node::metrics::Metrics;
+use collab_node::queue;
 use collab_node::store::postgres::{APPEND, LOCK_SLOTS, MOVE_DOCUMENT, Postgres, append_statement};
-use collab_node::store::{Claim, Content, Loaded, Registration, Store};
+use collab_node::store::{Append, Claim, Content, Loaded, Ownership, Registration, Store};
+use collab_node::tasks::Tasks;
 use collab_tests::postgres::Postgres as Server;
 use sqlx::{AssertSqlSafe, PgPool, Row};
 use tokio::sync::Barrier;
@@ -84,6 +90,56 @@ async fn the_race_catches_a_pin_that_does_not_raise_the_epoch() {
     }
 }
 
+/// An owner that meets other bytes at its position has a wrong document in memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_that_holds_other_bytes_is_no_success() {
+    collab_tests::mutants::choose();
+    let server = Server::shared().await;
+    let url = server.database().await;
+    let store: Arc<dyn Store> = Arc::new(Postgres::connect(&url).await.unwrap());
+    let (metrics, tasks) = (Metrics::new(), Tasks::default());
+    let registration = registration();
+    let incarnation = registration.incarnation;
+    let members = Members::new(store.clone(), metrics.clone(), registration, 256, true);
+    tasks.spawn(members.clone().keep_lease());
+    while !members.lease_held() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let pool = PgPool::connect(&url).await.unwrap();
+    let (slot, document) = (Slot(1), DocumentId::new("doc").unwrap());
+    sqlx::query("update slot set owner = $1, epoch = 1")
+        .bind(incarnation)
+        .execute(&pool)
+        .await
+        .unwrap();
+    sqlx::query("insert into document (id, slot) values ('doc', 1)")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let append = |bytes: &'static [u8]| Append {
+        document: document.clone(),
+        seq: Seq(1),
+        ownership: Ownership {
+            slot,
+            epoch: Epoch(1),
+            incarnation,
+        },
+        bytes: Bytes::from_static(bytes),
+        author: String::new(),
+    };
+    let (log, task) = Log::new(store.clone(), members, metrics, tasks.clone());
+    tasks.spawn(task);
+    for (bytes, event) in [
+        (b"first", LogEvent::Committed(Seq(1))),
+        (b"other", LogEvent::Conflict),
+        (b"first", LogEvent::Committed(Seq(1))),
+    ] {
+        let (reply, mut events) = queue::unbounded();
+        log.append(append(bytes), reply);
+        assert_eq!(events.recv().await, Some(event));
+    }
+}
+
 /// How a document is taken from the owner that is busy with it. The pins are those of the store, or with another
 /// statement in place of [`MOVE_DOCUMENT`].
 #[derive(Debug)]
@@ -107,6 +163,18 @@ struct Outcome {
     slowest_claim: Duration,
 }
 
+/// A node that begins.
+fn registration() -> Registration {
+    Registration {
+        node: "new".into(),
+        incarnation: Uuid::new_v4(),
+        pod_uid: "new".to_owned(),
+        address: String::new(),
+        zone: String::new(),
+        weight: 100,
+    }
+}
+
 /// The write rule as a node sends it.
 fn write_rule() -> Cow<'static, str> {
     collab_tests::mutants::choose();
@@ -124,14 +192,7 @@ async fn race(statement: &str, taking: &Taking) -> Outcome {
     let server = Server::shared().await;
     let url = server.database().await;
     let store = Postgres::connect(&url).await.unwrap();
-    let new = Registration {
-        node: "new".into(),
-        incarnation: Uuid::new_v4(),
-        pod_uid: "new".to_owned(),
-        address: String::new(),
-        zone: String::new(),
-        weight: 100,
-    };
+    let new = registration();
     store
         .register(&new, 256, Duration::from_mins(10))
         .await

@@ -9,7 +9,11 @@ use collab_core::mutants::{COMPILED_IN, Mutant};
 use collab_tests::mutants::CHOICE;
 
 /// Tests of the tier process that are to find a defect.
-const ON_POSTGRES: [(Mutant, &str); 3] = [
+const ON_POSTGRES: [(Mutant, &str); 4] = [
+    (
+        Mutant::ConflictIsSuccess,
+        "write_rule::a_position_that_holds_other_bytes_is_no_success",
+    ),
     (
         Mutant::ExistsFence,
         "write_rule::no_update_appears_behind_the_back_of_a_new_owner",
@@ -24,8 +28,13 @@ const ON_POSTGRES: [(Mutant, &str); 3] = [
     ),
 ];
 
-/// Statements of Postgres that have no counterpart in memory, where each runs on its own.
-const NOT_SIMULATED: [Mutant; 2] = [Mutant::ExistsFence, Mutant::EarlyFenceUnlocked];
+/// Statements of Postgres that have no counterpart in memory, where each runs on its own, and what needs a document
+/// in memory that is wrong already.
+const NOT_SIMULATED: [Mutant; 3] = [
+    Mutant::ExistsFence,
+    Mutant::EarlyFenceUnlocked,
+    Mutant::ConflictIsSuccess,
+];
 
 /// Plays up to `seeds` seeds with each mutant, runs the tests on Postgres, and prints what found it.
 pub(crate) fn hunt(seeds: u64) -> ExitCode {
