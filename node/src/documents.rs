@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use collab_core::document::{Document, EdgeId, Effect, Input, OpenError, Peer};
+use collab_core::document::{Document, EdgeId, Effect, Input, NO_CLOCKS, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
 use collab_core::limits::{LARGE_STATE_BYTES, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
 use collab_core::mutants::Mutant;
@@ -60,8 +60,6 @@ const TICK: Duration = Duration::from_secs(1);
 const HEAVY_UPDATE_BYTES: usize = 64 * 1024;
 /// More than this is not sent as it is stored.
 const SHOWN_BYTES_MAX: usize = 64 * 1024 * 1024;
-/// State vector of a client that has nothing.
-const NOTHING: [u8; 1] = [0];
 /// An input that takes longer is told in the log.
 const HEAVY_AFTER: Duration = Duration::from_secs(2);
 
@@ -649,7 +647,7 @@ impl Host {
                         connection,
                         state_vector,
                     },
-                ) if state_vector.as_ref() == NOTHING
+                ) if state_vector.as_ref() == NO_CLOCKS
                     && let Some(sender) = edges.get(edge) =>
                 {
                     let connection = *connection;

@@ -33,7 +33,9 @@ mod past;
 use past::{Past, Whole};
 
 /// An update without structs and without deletes.
-const NO_EDITS: [u8; 2] = [0, 0];
+pub const NO_EDITS: [u8; 2] = [0, 0];
+/// State vector of a client that has nothing.
+pub const NO_CLOCKS: [u8; 1] = [0];
 
 /// An edge as the owner knows it: one stream of one node, or the owner's own edge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -331,8 +333,8 @@ impl Document {
         let update = Update::decode_v1(bytes).map_err(|error| failed(error.to_string()))?;
         self.doc
             .apply(&scan, update)
-            .map_err(|error| failed(error.to_string()))?;
-        Ok(())
+            .map(drop)
+            .map_err(|error| failed(error.to_string()))
     }
 
     /// Takes one input and says what is to be done.
@@ -929,7 +931,7 @@ impl Document {
     fn admissible(&self, update: &[u8]) -> Option<Bytes> {
         let scan = scan::scan_update(update).ok()?;
         let part = scan.admissible(|client| self.places.next_clock(client));
-        (part != [0, 0]).then(|| part.into())
+        (part != NO_EDITS).then(|| part.into())
     }
 
     /// An answer was taken as a whole: with it is here whatever was passed over before.
@@ -1089,7 +1091,6 @@ mod tests {
     const OTHER_EDGE: EdgeId = EdgeId(2);
     const ALICE: Peer = peer(EDGE, 1);
     const BOB: Peer = peer(OTHER_EDGE, 1);
-    const NOTHING: &[u8] = &[0, 0];
 
     #[test]
     fn an_update_is_acknowledged_only_once_it_is_durable() {
@@ -1398,7 +1399,7 @@ mod tests {
             peer: ALICE,
             author: String::new(),
         });
-        document.handle(step2(ALICE, 1, &Bytes::from_static(NOTHING)));
+        document.handle(step2(ALICE, 1, &Bytes::from_static(&NO_EDITS)));
         document.set_snapshot(Seq(2), typist.everything());
         let big = "x".repeat(PAST_BYTES_MIN);
         for seq in 3..=5 {
@@ -1449,7 +1450,7 @@ mod tests {
 
         let effects = document.handle(step1(BOB));
         assert_eq!(told(&effects), [("part", first), ("part", &second)]);
-        let nothing = Bytes::from_static(NOTHING);
+        let nothing = Bytes::from_static(&NO_EDITS);
         let effects = document.handle(Input::StoreAway);
         assert_eq!(told(&effects), [("committed step 2", &nothing)]);
         let effects = document.handle(step1(BOB));
@@ -1594,7 +1595,7 @@ mod tests {
             ));
         }
         assert_eq!(document.assigned_seq(), Seq(0));
-        assert_eq!(document.encode_state().as_ref(), NOTHING);
+        assert_eq!(document.encode_state().as_ref(), NO_EDITS);
     }
 
     /// The second would be told that its edit is saved: the document has that clock.
@@ -1837,7 +1838,7 @@ mod tests {
                 peer,
                 author: format!("{:?}", peer.edge),
             });
-            document.handle(step2(peer, 1, &Bytes::from_static(NOTHING)));
+            document.handle(step2(peer, 1, &Bytes::from_static(&NO_EDITS)));
         }
         document
     }

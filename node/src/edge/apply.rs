@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use collab_core::document::NO_EDITS;
 use collab_core::ids::DocumentId;
 use collab_core::scan::{self, Scan};
 use collab_core::wire::relay::UpdateKind;
@@ -14,7 +15,7 @@ use yrs::updates::decoder::Decode;
 use yrs::{ClientID, StateVector};
 
 use super::outbox::{Outbox, Taken, Taker};
-use super::room::{FromSocket, NO_EDITS};
+use super::room::FromSocket;
 use super::{CLOSE_POLICY, Edge, Family, Line, Membership, Visitor};
 
 /// How long a receipt is waited for, also while the document moves.

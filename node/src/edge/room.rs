@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use collab_core::document::{NO_CLOCKS, NO_EDITS};
 use collab_core::ids::{ConnectionId, DocumentId, Epoch, Slot};
 use collab_core::limits::{
     CONNECTIONS_PER_DOCUMENT_MAX, CONNECTIONS_PER_USER_MAX, FRAME_BYTES_MAX, KEEPALIVE_AFTER,
@@ -39,10 +40,6 @@ const RETRY: Duration = Duration::from_millis(50);
 const MAP_OLD_AFTER: Duration = Duration::from_secs(1);
 /// Before a document that cannot be served is tried again.
 const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
-/// State vector of a client that has nothing.
-const NOTHING: [u8; 1] = [0];
-/// An update without structs and without deletes.
-pub(super) const NO_EDITS: [u8; 2] = [0, 0];
 /// Between two looks for quiet sockets, and for an empty room.
 const TICK: Duration = Duration::from_secs(5);
 
@@ -692,7 +689,7 @@ impl Room {
                 self.with(connection, |socket| {
                     socket.begin(state_vector.clone(), changes);
                 });
-                if self.deleted && state_vector.as_ref() != NOTHING {
+                if self.deleted && state_vector.as_ref() != NO_CLOCKS {
                     // It was offline when the document was deleted.
                     self.outlived.extend(self.sockets.remove_entry(&connection));
                     return;
@@ -927,7 +924,7 @@ impl Socket {
     /// Whether its client has anything of the document.
     fn has_content(&self) -> bool {
         let step1 = self.step1.as_deref();
-        self.feed == Feed::Live || step1.is_some_and(|state_vector| state_vector != NOTHING)
+        self.feed == Feed::Live || step1.is_some_and(|state_vector| state_vector != NO_CLOCKS)
     }
 
     /// What an owner that does not know this socket is to be told.
