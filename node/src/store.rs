@@ -21,7 +21,7 @@ pub mod rows;
 pub mod sqlite;
 
 /// The right under which a slot's documents are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ownership {
     /// The slot.
     pub slot: Slot,

@@ -211,28 +211,13 @@ impl Store for Sqlite {
         for rows in batch.chunks(INSERT_ROWS_MAX) {
             inserted.extend(self.insert(rows).await?);
         }
-        let owned: BTreeSet<_> = batch
-            .iter()
-            .map(|append| {
-                let Ownership {
-                    slot,
-                    epoch,
-                    incarnation,
-                } = append.ownership;
-                (slot, epoch, incarnation)
-            })
-            .collect();
+        let owned: BTreeSet<_> = batch.iter().map(|append| append.ownership).collect();
         let mut held = Vec::with_capacity(owned.len());
         // Nearly always all of it was inserted, and so all of it is held.
         let all = inserted.len() == batch.len();
-        for (slot, epoch, incarnation) in owned {
-            let ownership = Ownership {
-                slot,
-                epoch,
-                incarnation,
-            };
+        for ownership in owned {
             if all || self.holds(ownership).await? {
-                held.push(slot);
+                held.push(ownership.slot);
             }
         }
         Ok(Appended { held, inserted })
