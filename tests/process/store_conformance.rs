@@ -351,6 +351,21 @@ impl Bench {
         held(self.renew(node).await)
     }
 
+    /// Renews the lease of a member once more, for a moment, and lets it end.
+    async fn lease_ends(&self, node: &Node) {
+        let short = Duration::from_millis(50);
+        self.store
+            .renew(
+                node.incarnation,
+                &node.pod_uid,
+                short,
+                LoadSample::default(),
+            )
+            .await
+            .unwrap();
+        tokio::time::sleep(short + Duration::from_millis(10)).await;
+    }
+
     async fn renew(&self, node: &Node) -> Renewal {
         node.store
             .renew(

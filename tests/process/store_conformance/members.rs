@@ -336,13 +336,7 @@ async fn an_ended_lease_gives_slots_away_until_it_is_renewed(bench: Bench) {
         "its lease has not ended"
     );
 
-    let short = Duration::from_millis(50);
-    bench
-        .store
-        .renew(b.incarnation, &b.pod_uid, short, LoadSample::default())
-        .await
-        .unwrap();
-    tokio::time::sleep(short + Duration::from_millis(10)).await;
+    bench.lease_ends(&b).await;
     assert_eq!(
         bench.hand_off(&rights[2..], b.incarnation).await,
         [],
@@ -378,13 +372,7 @@ async fn lost_leases_are_remembered_once_each() {
         .unwrap();
     assert_eq!(lost(&b).await, Some(0), "its lease goes on");
 
-    let short = Duration::from_millis(50);
-    bench
-        .store
-        .renew(b.incarnation, &b.pod_uid, short, LoadSample::default())
-        .await
-        .unwrap();
-    tokio::time::sleep(short + Duration::from_millis(10)).await;
+    bench.lease_ends(&b).await;
     for _ in 0..2 {
         bench
             .store
