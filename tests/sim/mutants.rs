@@ -6,6 +6,7 @@
 use std::process::{Command, ExitCode};
 
 use collab_core::mutants::{COMPILED_IN, Mutant};
+use collab_tests::command;
 use collab_tests::mutants::CHOICE;
 
 /// Tests of the tier process that are to find a defect.
@@ -47,9 +48,11 @@ pub(crate) fn hunt(seeds: u64) -> ExitCode {
         .into_iter()
         .filter(|mutant| !NOT_SIMULATED.contains(mutant));
     let simulated = simulated.map(|mutant| (mutant, played(mutant, seeds)));
-    let tested = ON_POSTGRES.map(|(mutant, test)| (mutant, tested(mutant, test)));
+    let on_postgres = ON_POSTGRES
+        .into_iter()
+        .map(|(mutant, test)| (mutant, tested(mutant, test)));
     let (mut found, mut missed) = (0, 0);
-    for (mutant, by) in simulated.chain(tested) {
+    for (mutant, by) in simulated.chain(on_postgres) {
         let by = match by {
             Ok(by) => {
                 found += 1;
@@ -91,8 +94,7 @@ fn played(mutant: Mutant, seeds: u64) -> Result<String, String> {
 /// The test that found it, and what it said.
 fn tested(mutant: Mutant, test: &str) -> Result<String, String> {
     let run = |mutant: Option<Mutant>| {
-        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-        let mut command = Command::new(cargo);
+        let mut command = command::cargo();
         command
             .args(["test", "--quiet", "--workspace"])
             .args(["--features", "collab-core/mutants", "--test", "process"])

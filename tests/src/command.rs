@@ -12,6 +12,19 @@ pub fn output(command: &mut Command) -> Result<String> {
     judge(command, output)
 }
 
+/// The cargo that has started this program, or the one of the path, as somebody at a terminal would start it: what cargo tells
+/// a test about its package would make it compile dependencies anew that ask for the same variables.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let told = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(told) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo
+}
+
 /// Like [`output`], without blocking; the program is killed when the future is dropped.
 ///
 /// # Errors
