@@ -192,7 +192,7 @@ impl<'cluster> Collab<'cluster> {
     /// Ends the processes of all nodes at once, so that what comes back was read from the store.
     pub(crate) async fn restart_all(&self) -> Result<()> {
         let pods = self.pods().await?;
-        let mut arguments = vec!["delete", "pod", "--wait=true", "--grace-period=5"];
+        let mut arguments = vec!["delete", "pod", "--timeout=60s", "--grace-period=5"];
         arguments.extend(pods.iter().map(String::as_str));
         self.namespace.kubectl(&arguments).await?;
         for pod in &pods {

@@ -13,7 +13,7 @@ mod harness;
 mod installed;
 mod lifecycle;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use collab_tests::kubernetes::{self, Cluster, Sandbox};
 use collab_tests::tools::Tools;
 use collab_tests::{command, images};
@@ -22,6 +22,7 @@ use futures::future::BoxFuture;
 use std::io::{BufRead as _, Write as _};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,11 @@ const SCENARIOS: &[Scenario] = &[
         |cluster| Box::pin(lifecycle::uninstall(cluster)),
     ),
 ];
+
+/// No scenario takes half as long. What hangs is a failure, and the others still run.
+const SCENARIO_PATIENCE: Duration = Duration::from_mins(10);
+
+const DESCRIPTION_PATIENCE: Duration = Duration::from_mins(2);
 
 /// The one test that is not run on the cluster: it kills a run like this one before this one begins.
 const KILLED: &str = "a_killed_run_leaves_nothing_in_the_way";
@@ -150,7 +156,9 @@ async fn inside() -> Result<ExitCode> {
     }
     for (name, scenario) in SCENARIOS.iter().filter(|(name, _)| wanted.matches(name)) {
         let start = Instant::now();
-        let result = AssertUnwindSafe(scenario(&cluster)).catch_unwind().await;
+        let result = AssertUnwindSafe(in_time(scenario(&cluster)))
+            .catch_unwind()
+            .await;
         let seconds = start.elapsed().as_secs_f64();
         if let Ok(Ok(())) = result {
             passed += 1;
@@ -162,7 +170,11 @@ async fn inside() -> Result<ExitCode> {
         if let Ok(Err(error)) = result {
             eprintln!("{error:#}");
         }
-        eprintln!("{}", cluster.describe().await);
+        let description = tokio::time::timeout(DESCRIPTION_PATIENCE, cluster.describe()).await;
+        eprintln!(
+            "{}",
+            description.unwrap_or_else(|_| "kubectl does not answer".into())
+        );
     }
     let verdict = if failed.is_empty() { "ok" } else { "FAILED" };
     say(&format!(
@@ -175,6 +187,21 @@ async fn inside() -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Fails a scenario that does not end, with the processes that it may wait for.
+async fn in_time(scenario: impl Future<Output = Result<()>>) -> Result<()> {
+    let mut scenario = pin!(scenario);
+    if let Ok(result) = tokio::time::timeout(SCENARIO_PATIENCE, &mut scenario).await {
+        return result;
+    }
+    // While the scenario is still there: with it go the programs that it has started.
+    let mut ps = Command::new("ps");
+    ps.args(["-eo", "pid,ppid,stat,wchan:20,etimes,args", "--cols=200"]);
+    bail!(
+        "not done within {SCENARIO_PATIENCE:?}; processes:\n{}",
+        command::output_of(ps).await?
+    )
 }
 
 /// Kills a run that has its cluster up, and sees all of it end; the cluster that this run starts afterwards in the same place
@@ -216,7 +243,7 @@ fn a_killed_run_leaves_nothing_in_the_way(state: &Path) -> Result<()> {
 fn parts() -> Result<(Tools, Vec<images::Image>)> {
     let tools = Tools::build()?;
     if !kubernetes::inside() && std::env::var_os(BUILT).is_none() {
-        let mut build = Command::new(env!("CARGO"));
+        let mut build = command::cargo();
         build.args(["build", "--quiet", "--workspace", "--bins", "--tests"]);
         if !cfg!(debug_assertions) {
             build.arg("--release");

@@ -27,6 +27,9 @@ use crate::network::Host;
 /// Lines of a script's standard error that are kept for complaints.
 const COMPLAINT_LINES: usize = 20;
 
+/// A script that has closed its output ends by itself.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Milliseconds since 1970, comparable with the times that the scripts print.
 ///
 /// # Panics
@@ -106,7 +109,7 @@ impl Script {
     /// Next event, `None` after the script ended well.
     ///
     /// # Errors
-    /// When the script failed, with what it complained about, or printed something else.
+    /// When the script failed, with what it complained about, or printed something else, or does not end after its last word.
     pub async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
         if let Some(line) = self.lines.next_line().await? {
             let event = serde_json::from_str(&line);
@@ -114,7 +117,9 @@ impl Script {
                 .map(Some)
                 .with_context(|| format!("{} printed {line}", self.name));
         }
-        let status = self.child.wait().await?;
+        let status = tokio::time::timeout(END_PATIENCE, self.child.wait())
+            .await
+            .with_context(|| format!("{} has closed its output and does not end", self.name))??;
         if status.success() {
             return Ok(None);
         }
