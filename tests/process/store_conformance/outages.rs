@@ -252,6 +252,33 @@ async fn a_statement_that_writes_is_not_cancelled_by_a_timeout_of_the_role() {
     assert_eq!(appended.unwrap().inserted, [(doc, Seq(1))]);
 }
 
+/// To compile one takes longer than a lease has time to spare.
+#[tokio::test]
+async fn a_statement_is_not_compiled_whatever_the_database_says() {
+    let server = Server::shared().await;
+    let url = server.database().await;
+    let bench = Bench::postgres_at(url).await;
+    bench.execute("do $$ begin execute 'alter database ' || current_database() || ' set jit = on'; end $$").await;
+    bench.execute("create table seen (jit text)").await;
+    bench.execute("create function see() returns trigger language plpgsql as $$ begin insert into seen values (current_setting('jit')); return new; end $$").await;
+    bench
+        .execute(
+            "create trigger see after insert on update_log for each row execute function see()",
+        )
+        .await;
+    let node = bench.owner().await; // registers, and so opens new sessions
+    let doc = document("a");
+    node.write(&doc, 1, 1..=1).await;
+    let Raw::Postgres(pool) = &bench.raw else {
+        unreachable!()
+    };
+    let seen: Vec<String> = sqlx::query_scalar("select jit from seen")
+        .fetch_all(pool)
+        .await
+        .unwrap();
+    assert_eq!(seen, ["off"]);
+}
+
 #[tokio::test]
 async fn a_folder_is_used_by_one_process_and_remembers() {
     let folder = Folder::new("sqlite", "root");
