@@ -2,8 +2,9 @@
 //! after the other. Each drill ends with everything healed and loaded again, and the verdict of the checker.
 //!
 //! `cargo test -p collab-tests --test drills [WORD…]` runs those whose number is, or whose name contains, one of the words; `short`
-//! stands for the short set, and no word for all. Numbers are those of `docs/drills.md`. It needs the rights of root, for
-//! network namespaces, and uses no network but those. A run that was killed leaves nothing in the way of the next.
+//! stands for the short set, and no word for all; `--rounds=N` plays each so often and tells the median of its times. Numbers are
+//! those of `docs/drills.md`. It needs the rights of root, for network namespaces, and uses no network but those. A run that was
+//! killed leaves nothing in the way of the next.
 
 #![allow(
     clippy::print_stdout,
@@ -21,6 +22,7 @@ use anyhow::{Context as _, Result};
 use collab_tests::sandbox::{self, Sandbox};
 use futures::FutureExt as _;
 use futures::future::LocalBoxFuture;
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
@@ -144,10 +146,14 @@ async fn inside() -> Result<ExitCode> {
     sandbox::furnish(&[])?;
     // For clients of HTTPS in this program; the only error is that there is one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let words: Vec<String> = std::env::args()
+    let (flags, words): (Vec<String>, Vec<String>) = std::env::args()
         .skip(1)
-        .filter(|argument| !argument.starts_with('-'))
-        .collect();
+        .partition(|argument| argument.starts_with('-'));
+    let rounds = flags
+        .iter()
+        .find_map(|flag| flag.strip_prefix("--rounds="))
+        .map_or(Ok(1), str::parse)
+        .context("--rounds=N: N is a number")?;
     let wanted = |drill: &Drill| {
         let by = |word: &String| match word.as_str() {
             "short" => drill.set == Set::Short,
@@ -159,12 +165,23 @@ async fn inside() -> Result<ExitCode> {
         words.is_empty() || words.iter().any(by)
     };
     let (mut passed, mut failed, mut table) = (0, Vec::new(), Vec::new());
-    for (seed, drill) in (1..).zip(DRILLS).filter(|(_, drill)| wanted(drill)) {
+    let mut waits = BTreeMap::<&str, Vec<Duration>>::new();
+    let chosen: Vec<_> = (1..).zip(DRILLS).filter(|(_, it)| wanted(it)).collect();
+    for (round, &(number, drill)) in
+        (0..rounds).flat_map(|round| chosen.iter().map(move |it| (round, it)))
+    {
         let begun = Instant::now();
+        let seed = number + 100 * round;
         let result = AssertUnwindSafe(play(drill, seed)).catch_unwind().await;
         let result = result.unwrap_or_else(|_| Err(anyhow::anyhow!("it panicked")));
         let (figures, error) = match result {
-            Ok(figures) => (figures.columns(), figures.failures.join("\n")),
+            Ok(figures) => {
+                waits
+                    .entry(drill.number)
+                    .or_default()
+                    .extend(figures.others);
+                (figures.columns(), figures.failures.join("\n"))
+            }
             Err(error) => (String::new(), format!("{error:#}")),
         };
         let verdict = if error.is_empty() { "ok" } else { "FAILED" };
@@ -193,6 +210,15 @@ async fn inside() -> Result<ExitCode> {
     ));
     for row in &table {
         say(row);
+    }
+    for (number, mut waits) in waits.into_iter().filter(|(_, waits)| 1 < waits.len()) {
+        waits.sort_unstable();
+        say(&format!(
+            "{number:>3} others, {} rounds: median {} ms, worst {} ms",
+            waits.len(),
+            waits[waits.len() / 2].as_millis(),
+            waits[waits.len() - 1].as_millis()
+        ));
     }
     let verdict = if failed.is_empty() { "ok" } else { "FAILED" };
     say(&format!(
