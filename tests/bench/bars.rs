@@ -27,7 +27,7 @@ enum Bound {
     AtLeastTimesBestRival(f64),
 }
 
-const BARS: [Bar; 22] = [
+const BARS: [Bar; 27] = [
     Bar {
         scenario: "propagate",
         figure: "p50 ms",
@@ -52,6 +52,11 @@ const BARS: [Bar; 22] = [
         scenario: "propagate",
         figure: "ack p99 ms",
         bound: Bound::AtMost(3.0),
+    },
+    Bar {
+        scenario: "propagate",
+        figure: "ack beyond it ms",
+        bound: Bound::AtMost(0.3),
     },
     Bar {
         scenario: "saturate",
@@ -137,6 +142,26 @@ const BARS: [Bar; 22] = [
         scenario: "kill",
         figure: "all served ms",
         bound: Bound::TimesBestRival(1.0),
+    },
+    Bar {
+        scenario: "documents",
+        figure: "ratio",
+        bound: Bound::AtMost(1.2),
+    },
+    Bar {
+        scenario: "sizes",
+        figure: "ratio",
+        bound: Bound::AtMost(1.5),
+    },
+    Bar {
+        scenario: "workers",
+        figure: "ratio",
+        bound: Bound::AtMost(1.1),
+    },
+    Bar {
+        scenario: "workers",
+        figure: "p99 ratio",
+        bound: Bound::AtMost(1.2),
     },
 ];
 

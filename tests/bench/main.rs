@@ -8,9 +8,11 @@
 #![allow(clippy::cast_precision_loss, reason = "figures have three digits")]
 
 mod bars;
+mod commit;
 mod history;
 mod load;
 mod raw;
+mod scale;
 mod scenarios;
 mod servers;
 mod socket;

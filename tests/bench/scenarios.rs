@@ -7,12 +7,13 @@ use rand::Rng;
 
 use crate::history::history;
 use crate::load::{Load, nobody_closed};
-use crate::servers::{Ack, Home, Kind, Running};
+use crate::scale;
+use crate::servers::{Ack, Home, Kind, Running, generator_core_idle};
 use crate::stats::Figures;
 use collab_core::wire::varint::write_var_uint;
 
 /// A state vector of nothing.
-const EMPTY: [u8; 1] = [0];
+pub(crate) const EMPTY: [u8; 1] = [0];
 const SYNC_LIMIT: Duration = Duration::from_mins(3);
 
 /// One scenario.
@@ -25,7 +26,7 @@ pub(crate) struct Scenario {
     pub(crate) raw: bool,
 }
 
-pub(crate) const SCENARIOS: [Scenario; 9] = [
+pub(crate) const SCENARIOS: [Scenario; 12] = [
     Scenario {
         name: "propagate",
         about: "20 documents × 5 clients, 2 of them type 5 times a second",
@@ -80,17 +81,35 @@ pub(crate) const SCENARIOS: [Scenario; 9] = [
         run: kill,
         raw: false,
     },
+    Scenario {
+        name: "documents",
+        about: "1,000 edits a second in 10 open documents, and spread over 10,000",
+        run: scale::documents,
+        raw: false,
+    },
+    Scenario {
+        name: "sizes",
+        about: "1,000 edits a second in 4 documents of 1 KB, and of 5 MB",
+        run: scale::sizes,
+        raw: false,
+    },
+    Scenario {
+        name: "workers",
+        about: "1,000 edits a second in 20 documents × 5 clients, on one core and on two; and beside a document with 2,000 a second",
+        run: scale::workers,
+        raw: false,
+    },
 ];
 
 /// What the server used between two moments.
-struct Used<'server> {
+pub(crate) struct Used<'server> {
     server: &'server Running,
     cpu: Duration,
     since: Instant,
 }
 
 impl<'server> Used<'server> {
-    fn since_now(server: &'server Running) -> Self {
+    pub(crate) fn since_now(server: &'server Running) -> Self {
         Self {
             server,
             cpu: server.cpu(),
@@ -98,7 +117,7 @@ impl<'server> Used<'server> {
         }
     }
 
-    fn cpu(&self) -> Duration {
+    pub(crate) fn cpu(&self) -> Duration {
         self.server.cpu().saturating_sub(self.cpu)
     }
 
@@ -115,20 +134,26 @@ fn propagate(kind: Kind) -> Result<Figures> {
     load.type_at(5.0);
     load.pump(Duration::from_secs(1))?;
     load.measure();
-    let used = Used::since_now(&server);
+    let (used, idle) = (Used::since_now(&server), generator_core_idle());
     load.pump(Duration::from_secs(6))?;
     let cpu = used.cpu();
+    let idle = (generator_core_idle().saturating_sub(idle)).as_secs_f64()
+        / used.since.elapsed().as_secs_f64();
     settle(&mut load)?;
+    let bare = home.bare_commits()?;
     let measured = &load.world.measured;
     let mut figures = Figures::default();
     figures.set("p50 ms", measured.propagate.ms(0.5));
     figures.set("p99 ms", measured.propagate.ms(0.99));
     figures.set("ack p50 ms", measured.ack.ms(0.5));
     figures.set("ack p99 ms", measured.ack.ms(0.99));
+    figures.set("bare commit p50 ms", bare.ms(0.5));
+    figures.set("ack beyond it ms", measured.ack.ms(0.5) - bare.ms(0.5));
     figures.set(
         "CPU µs/delivery",
         cpu.as_secs_f64() * 1e6 / as_f64(measured.propagate.count()),
     );
+    figures.set("generator core idle %", 100.0 * idle);
     figures.set("RSS MB", server.resident_kib().0 / 1024.0);
     figures.set("lost", as_f64(load.world.missing()));
     Ok(figures)
@@ -470,7 +495,12 @@ fn kill(kind: Kind) -> Result<Figures> {
 }
 
 /// Documents with clients in them; the first client of each is there before the others.
-fn join_all(load: &mut Load<'_>, documents: usize, clients: usize, writers: usize) -> Result<()> {
+pub(crate) fn join_all(
+    load: &mut Load<'_>,
+    documents: usize,
+    clients: usize,
+    writers: usize,
+) -> Result<()> {
     for number in 0..documents {
         load.join(&format!("doc-{number}"), 1, writers.min(1), &EMPTY)?;
     }
@@ -517,7 +547,11 @@ fn send_history(load: &mut Load<'_>, past: &[Vec<u8>]) -> Result<Duration> {
 }
 
 /// Sends a history as one client's and waits until all of it is acknowledged.
-fn send_history_to(load: &mut Load<'_>, document: &str, past: &[Vec<u8>]) -> Result<Duration> {
+pub(crate) fn send_history_to(
+    load: &mut Load<'_>,
+    document: &str,
+    past: &[Vec<u8>],
+) -> Result<Duration> {
     load.join(document, 1, 0, &EMPTY)?;
     load.everybody_synced(SYNC_LIMIT)?;
     let begun = Instant::now();
@@ -565,6 +599,6 @@ fn without_one_edit(past: &[Vec<u8>]) -> Vec<u8> {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "figures have three digits")]
-fn as_f64(count: u64) -> f64 {
+pub(crate) fn as_f64(count: u64) -> f64 {
     count as f64
 }

@@ -11,10 +11,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use collab_core::wire::varint::write_var_uint;
 use collab_tests::postgres::Postgres;
+use tokio::runtime::Runtime;
+
+use crate::commit;
+use crate::stats::Histogram;
 
 /// The core of the server; the generator has the other.
 const SERVER_CORE: &str = "0";
 pub(crate) const GENERATOR_CORE: &str = "1";
+/// Of a server that shares one of them with the generator.
+pub(crate) const BOTH_CORES: &str = "0,1";
 
 /// Which server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,6 +104,7 @@ pub(crate) struct Home {
     pub(crate) kind: Kind,
     folder: PathBuf,
     database: Option<String>,
+    cores: &'static str,
 }
 
 impl Home {
@@ -113,7 +120,23 @@ impl Home {
             kind,
             folder,
             database,
+            cores: SERVER_CORE,
         })
+    }
+
+    /// Times of durable commits in the store of this server alone; nothing where that is not known.
+    pub(crate) fn bare_commits(&self) -> Result<Histogram> {
+        match (self.kind, &self.database) {
+            (Kind::Sqlite, _) => runtime().block_on(commit::on_sqlite(&self.folder)),
+            (_, Some(url)) => runtime().block_on(commit::on_postgres(url)),
+            _ => Ok(Histogram::default()),
+        }
+    }
+
+    /// Its servers have these cores, if they are named.
+    pub(crate) fn on(self, cores: Option<&'static str>) -> Self {
+        let cores = cores.unwrap_or(self.cores);
+        Self { cores, ..self }
     }
 
     /// Starts the server on its core and waits until it takes connections.
@@ -123,7 +146,7 @@ impl Home {
         drop(listener);
         let port = address.port().to_string();
         let mut command = Command::new("taskset");
-        command.args(["--cpu-list", SERVER_CORE]);
+        command.args(["--cpu-list", self.cores]);
         let data = self.folder.as_os_str();
         match self.kind {
             Kind::Raw => {
@@ -352,6 +375,19 @@ pub(crate) fn cpu_of(pid: u32) -> Duration {
     Duration::from_millis(10 * ticks)
 }
 
+/// Time for which the generator's core, which a database shares, had nothing to do, since the machine was started.
+pub(crate) fn generator_core_idle() -> Duration {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let name = format!("cpu{GENERATOR_CORE} ");
+    let line = stat.lines().find_map(|line| line.strip_prefix(&name));
+    let mut fields = line.unwrap_or_default().split(' ').skip(3);
+    let ticks: u64 = fields
+        .next()
+        .and_then(|ticks| ticks.parse().ok())
+        .unwrap_or(0);
+    Duration::from_millis(10 * ticks)
+}
+
 /// Removed with the next run's first use of it.
 fn work() -> PathBuf {
     std::env::temp_dir().join("collab-bench")
@@ -423,11 +459,12 @@ fn y_sweet() -> Result<PathBuf> {
 
 /// A database of its own, on a server that shares the generator's core.
 fn database() -> String {
-    static SERVER: OnceLock<(tokio::runtime::Runtime, std::sync::Arc<Postgres>)> = OnceLock::new();
-    let (runtime, server) = SERVER.get_or_init(|| {
-        let runtime = tokio::runtime::Runtime::new().expect("threads can be made");
-        let server = runtime.block_on(Postgres::shared());
-        (runtime, server)
-    });
-    runtime.block_on(server.database())
+    static SERVER: OnceLock<std::sync::Arc<Postgres>> = OnceLock::new();
+    let server = SERVER.get_or_init(|| runtime().block_on(Postgres::shared()));
+    runtime().block_on(server.database())
+}
+
+fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| Runtime::new().expect("threads can be made"))
 }
