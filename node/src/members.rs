@@ -31,8 +31,8 @@ use uuid::{Builder, Uuid};
 
 use crate::metrics::Metrics;
 use crate::store::{
-    Claim, Judgement, Member, Ownership, Placement, Registration, Renewal, Renewed, SlotRow, Store,
-    StoreError,
+    Claim, Judgement, MapChange, Member, Ownership, Placement, Registration, Renewal, Renewed,
+    SlotRow, Store, StoreError,
 };
 use crate::watched::{Watched, Watcher};
 
@@ -180,6 +180,41 @@ impl Map {
             });
         }
         newer
+    }
+
+    /// Takes rows that changed, or all that there are. Answers whether any of it is news.
+    fn take(&mut self, change: MapChange, trust: Trust) -> bool {
+        let mut changed = false;
+        if change.is_whole {
+            // What is not told was lost in a failover of the database, and its number may be given anew.
+            let told = change.slots.last();
+            let told = told.map_or(0, |row| usize::from(row.slot.0) + 1);
+            changed = told < self.owners.len() || !self.pins.documents.is_empty();
+            self.owners.truncate(told);
+            self.pins = Pins::default();
+        }
+        for row in change.slots {
+            let index = usize::from(row.slot.0);
+            if self.owners.len() <= index {
+                let missing = self.owners.len()..=index;
+                let unowned = missing.map(|slot| SlotRow {
+                    slot: Slot(u16::try_from(slot).unwrap_or(u16::MAX)),
+                    owner: None,
+                    epoch: Epoch(0),
+                });
+                self.owners.extend(unowned);
+            }
+            let counts = trust == Trust::AsTheyAre || self.owners[index].epoch <= row.epoch;
+            if counts && self.owners[index] != row {
+                self.owners[index] = row;
+                changed = true;
+            }
+        }
+        for (slot, document) in change.pins {
+            self.pins.set(slot, document);
+            changed = true;
+        }
+        changed
     }
 
     /// Every slot that documents hash to, in order.
@@ -731,36 +766,7 @@ impl Members {
                 Ok(change) => {
                     let is_first = horizon == 0;
                     horizon = change.horizon;
-                    self.publish(|map| {
-                        let mut changed = false;
-                        // After a fail-over of the database everything is told anew, and what is not is lost.
-                        if usize::from(self.slots) <= change.slots.len() {
-                            map.pins = Pins::default();
-                        }
-                        for row in change.slots {
-                            let index = usize::from(row.slot.0);
-                            if map.owners.len() <= index {
-                                let missing = map.owners.len()..=index;
-                                let unowned = missing.map(|slot| SlotRow {
-                                    slot: Slot(u16::try_from(slot).unwrap_or(u16::MAX)),
-                                    owner: None,
-                                    epoch: Epoch(0),
-                                });
-                                map.owners.extend(unowned);
-                            }
-                            let counts =
-                                trust == Trust::AsTheyAre || map.owners[index].epoch <= row.epoch;
-                            if counts && map.owners[index] != row {
-                                map.owners[index] = row;
-                                changed = true;
-                            }
-                        }
-                        for (slot, document) in change.pins {
-                            map.pins.set(slot, document);
-                            changed = true;
-                        }
-                        changed
-                    });
+                    self.publish(|map| map.take(change, trust));
                     if is_first {
                         // Who starts where its predecessor ended is waited for.
                         self.adopt_now.notify_one();
@@ -1067,6 +1073,40 @@ mod tests {
         assert_eq!(mine.owner(Slot(0)).unwrap().incarnation, OTHER);
     }
 
+    /// As after the claim of every other slot of a node that died.
+    #[test]
+    fn a_change_of_as_many_slots_as_there_are_leaves_the_pins_of_others() {
+        let (hot, mut map) = with_a_pin();
+        let change = MapChange {
+            slots: vec![row(0, OTHER, 2), row(1, OTHER, 2)],
+            ..MapChange::default()
+        };
+        assert!(map.take(change, Trust::Newer));
+        assert_eq!(map.slot_of(&hot), Slot(2));
+        assert_eq!(map.owner(Slot(1)).unwrap().incarnation, OTHER);
+    }
+
+    #[test]
+    fn a_slot_that_a_failover_of_the_database_took_is_known_by_its_new_row() {
+        let (hot, mut map) = with_a_pin();
+        let whole = MapChange {
+            slots: vec![row(0, ME, 3), row(1, ME, 3)],
+            is_whole: true,
+            ..MapChange::default()
+        };
+        assert!(map.take(whole, Trust::AsTheyAre));
+        assert_eq!(map.slot_of(&hot), slot_of(&hot, 2));
+        assert!(map.owner(Slot(2)).is_none());
+        let anew = MapChange {
+            slots: vec![row(2, OTHER, 1)],
+            pins: vec![(Slot(2), Some(hot.clone()))],
+            ..MapChange::default()
+        };
+        assert!(map.take(anew, Trust::Newer));
+        assert_eq!(map.slot_of(&hot), Slot(2));
+        assert_eq!(map.owner(Slot(2)).unwrap().incarnation, OTHER);
+    }
+
     #[test]
     fn slots_without_a_living_owner_are_orphans_and_the_dead_are_no_candidates() {
         let now = Instant::now();
@@ -1194,6 +1234,32 @@ mod tests {
                 .map(|member| (member.incarnation, Known::learned(member, now, None)))
                 .into(),
             ..Map::default()
+        }
+    }
+
+    /// Two slots of this node, and one of its own for a document.
+    fn with_a_pin() -> (DocumentId, Map) {
+        let hot = DocumentId::new("hot").unwrap();
+        let mut map = Map {
+            slots: 2,
+            ..Map::default()
+        };
+        let whole = MapChange {
+            slots: vec![row(0, ME, 1), row(1, ME, 1), row(2, ME, 2)],
+            pins: vec![(Slot(2), Some(hot.clone()))],
+            is_whole: true,
+            ..MapChange::default()
+        };
+        assert!(map.take(whole, Trust::Newer));
+        assert_eq!(map.slot_of(&hot), Slot(2));
+        (hot, map)
+    }
+
+    const fn row(slot: u16, owner: Uuid, epoch: i64) -> SlotRow {
+        SlotRow {
+            slot: Slot(slot),
+            owner: Some(owner),
+            epoch: Epoch(epoch),
         }
     }
 

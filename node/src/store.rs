@@ -284,8 +284,10 @@ impl Failovers {
 pub struct MapChange {
     /// Pass it to the next call: nothing that commits after this answer is missed.
     pub horizon: i64,
-    /// The rows, in order of slot. The first call (horizon 0) has them all.
+    /// The rows, in order of slot.
     pub slots: Vec<SlotRow>,
+    /// These are all rows there are: at the first call (horizon 0), and at the first on another primary.
+    pub is_whole: bool,
     /// The document that each virtual slot among them is for; `None` for one that is free.
     pub pins: Vec<(Slot, Option<DocumentId>)>,
 }

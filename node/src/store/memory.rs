@@ -1050,6 +1050,7 @@ impl Store for Memory {
                 horizon: rows.transaction + 1,
                 pins: rows.pins_of(&slots),
                 slots,
+                is_whole: horizon == 0,
             }
         }))
     }

@@ -1033,6 +1033,7 @@ impl Store for Postgres {
         let mut change = MapChange {
             horizon,
             slots: Vec::with_capacity(rows.len()),
+            is_whole: horizon == 0,
             pins: Vec::new(),
         };
         for row in &rows {

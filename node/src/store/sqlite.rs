@@ -560,6 +560,7 @@ impl Store for Sqlite {
         .map_err(failed)?;
         let mut change = MapChange {
             horizon: revision.map_or(0, |revision| revision + 1),
+            is_whole: horizon == 0,
             ..MapChange::default()
         };
         for row in &rows {

@@ -24,12 +24,14 @@ async fn a_pin_gives_a_document_its_own_slot_and_fences_both(bench: Bench) {
     let doc = document("hot");
     node.write(&doc, HOME.0, 1..=2).await;
     let seen = bench.map(0).await;
+    assert!(seen.is_whole);
     assert_eq!((seen.pins, bench.pinned(&doc).await), (vec![], None));
 
     bench.pin(&doc).await;
     let own = Slot(SLOTS);
     assert_eq!(bench.pinned(&doc).await, Some(own));
     let change = bench.map(seen.horizon).await;
+    assert!(!change.is_whole);
     let changed: Vec<_> = change
         .slots
         .iter()
