@@ -470,6 +470,10 @@ pub trait Store: Send + Sync + 'static {
 
     /// Ends the lease of `target` if it was not renewed for `age`, by the word of `judge`, whose own lease must be live. Both
     /// rows are locked in order of incarnation: of two members that judge each other at most one is heard.
+    ///
+    /// Steady renewals, as [`Claim::OrphanedBySteady`] wants them, are not asked of the judge. An adopter knows of the owner
+    /// only that it did not renew, which after an outage of the store is true of everybody; a judge has found its process
+    /// gone, refused or replaced at its address. Whoever adopts then has to be steady all the same.
     async fn end_lease(
         &self,
         judge: Uuid,
