@@ -1006,6 +1006,16 @@ impl Socket {
         }
     }
 
+    /// Lets an edit of another client go that is the same as one of its own, or it would take that for its receipt.
+    fn let_go(&mut self, update: &Bytes) {
+        if self.held.is_empty() {
+            return;
+        }
+        let own = self.family.frame(Told::Update(update));
+        self.held.retain(|frame| Some(frame) != own.as_ref());
+        self.held_bytes = self.held.iter().map(Bytes::len).sum();
+    }
+
     fn drop_held(&mut self) -> Vec<Bytes> {
         self.held_bytes = 0;
         std::mem::take(&mut self.held)
@@ -1111,13 +1121,17 @@ impl Socket {
         } else if kind == UpdateKind::Step2 {
             self.asked = self.asked.saturating_sub(1);
         }
+        let receipt = self.receipt_for(kind, update);
+        if let Receipt::Echo(update) = &receipt {
+            self.let_go(update);
+        }
         let has_edits = update.as_ref() != NO_EDITS && self.visitor.access == Access::Write;
         let bytes = if has_edits { update.len() } else { 0 };
         self.owed_bytes += bytes;
         let holds_credit = attached && !late && self.asked == 0;
         self.owed.push_back(Owed {
             number: self.sent,
-            receipt: self.receipt_for(kind, update),
+            receipt,
             bytes,
             since: Instant::now(),
             holds_credit,
@@ -1293,6 +1307,32 @@ mod tests {
             sent(),
             [y_websocket::update(&update(3)), y_sweet::saved(b"\x01\x03")]
         );
+    }
+
+    /// Another tab of the same browser has the edit, too, and its answer was faster.
+    #[test]
+    fn the_same_bytes_of_another_client_do_not_pass_for_a_receipt() {
+        let (mut socket, queue) = socket(Family::YWebsocket, Access::Write);
+        for byte in 1..=2 {
+            socket.hold(socket.family.frame(Told::Update(&update(byte))));
+        }
+        socket.take_update(UpdateKind::Update, &update(1), true);
+        assert!(
+            socket.is_owed(&update(1)),
+            "from now on they are kept from it"
+        );
+        let state = Bytes::from_static(b"state");
+        socket.sync(&state, Sync::Whole, &mut Recent::default());
+        let sent = || std::iter::from_fn(|| queue.try_take()).collect::<Vec<_>>();
+        assert_eq!(
+            sent(),
+            [
+                y_websocket::sync_step2(&state),
+                y_websocket::update(&update(2))
+            ]
+        );
+        socket.receipted(1, &seconds());
+        assert_eq!(sent(), [y_websocket::update(&update(1))]);
     }
 
     #[test]
