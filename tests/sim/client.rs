@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -27,12 +28,11 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::PollSender;
 use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
-use yrs::{
-    ClientID, Doc, GetString, OffsetKind, Options, ReadTxn, StateVector, Text, Transact, Update,
-};
+use yrs::{ClientID, GetString, ReadTxn, StateVector, Text, Transact};
 
 use crate::ledger::{Change, TOKEN_LENGTH, parsed, spelled};
 use crate::network::{Connection, Host};
+use crate::replica::Replica;
 use crate::witness::{Sent, Witness, text};
 use crate::world::World;
 
@@ -53,6 +53,8 @@ pub(crate) enum Command {
     Offline(Duration),
     /// Come back online now.
     Online,
+    /// Ask for a receipt of what waits for one: its echo would not tell any more.
+    Ask,
     /// Type no more.
     Rest,
     /// Close the tab.
@@ -64,12 +66,14 @@ pub(crate) enum Command {
 pub(crate) struct Handle {
     pub(crate) number: usize,
     pub(crate) document: DocumentId,
-    pub(crate) replica: Doc,
+    pub(crate) replica: Replica,
     pub(crate) commands: mpsc::UnboundedSender<Command>,
     /// What it has typed and was not told to be durable.
     pub(crate) pending: Arc<Mutex<BTreeMap<Change, Instant>>>,
     /// The browser that it is a tab of.
     pub(crate) browser: usize,
+    /// Another tab has had what was typed here: bytes that come back may be that one's.
+    pub(crate) shares: Arc<AtomicBool>,
     /// It may read only, and types all the same: a changed page, or an older token.
     pub(crate) reader: bool,
 }
@@ -128,7 +132,16 @@ impl Stream for Socket {
     type Item = Result<WsMessage, Infallible>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.from.poll_recv(context).map(|message| message.map(Ok))
+        let arrived = self.from.poll_recv(context);
+        if let Poll::Ready(Some(WsMessage::Binary(frame))) = &arrived {
+            let mut sent = self.sent.lock().expect("nobody panics with it");
+            for message in y_websocket::parse(frame).flatten() {
+                if let Message::Update { update } = message {
+                    sent.arrived(update);
+                }
+            }
+        }
+        arrived.map(|message| message.map(Ok))
     }
 }
 
@@ -136,7 +149,12 @@ impl Sink<WsMessage> for Socket {
     type Error = ();
 
     fn poll_ready(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), ()>> {
-        self.to.poll_reserve(context).map_err(|_| ())
+        let ready = self.to.poll_reserve(context);
+        if ready.is_pending() {
+            let mut sent = self.sent.lock().expect("nobody panics with it");
+            sent.is_full();
+        }
+        ready.map_err(|_| ())
     }
 
     fn start_send(mut self: Pin<&mut Self>, message: WsMessage) -> Result<(), ()> {
@@ -174,28 +192,23 @@ pub(crate) fn start(
     reader: bool,
     seed: u64,
 ) -> Handle {
-    let options = Options {
-        client_id: id_of(number),
-        offset_kind: OffsetKind::Utf16,
-        ..Options::default()
-    };
     let (commands, receiver) = mpsc::unbounded_channel();
     let handle = Handle {
         number,
         document,
-        replica: Doc::with_options(options),
+        replica: Replica::of(id_of(number)),
         commands,
         pending: Arc::default(),
         browser,
+        shares: Arc::default(),
         reader,
     };
-    // A new tab has first what the others have: what they tell it later would have holes before it.
+    // A new tab has first what the others have.
     for tab in world.other_tabs(browser, &handle.document, number) {
-        let all = tab
-            .replica
-            .transact()
-            .encode_diff_v1(&StateVector::default());
-        apply(&handle.replica, &all);
+        let all = tab.replica.encode_state_as_update(&StateVector::default());
+        handle.replica.apply(&all);
+        tab.shares.store(true, Ordering::Relaxed);
+        let _ = tab.commands.send(Command::Ask);
     }
     let mut random = StdRng::seed_from_u64(seed);
     let settings = &world.settings;
@@ -245,6 +258,12 @@ impl Client {
                         self.offline_until = None;
                         self.retry_at = Instant::now();
                     }
+                    // Whose socket is not open yet asks with its first answer.
+                    Some(Command::Ask) => {
+                        if self.connection.as_ref().is_some_and(|open| open.upgraded) {
+                            self.ask();
+                        }
+                    }
                     Some(Command::Rest) => self.rests = true,
                     Some(Command::Depart) | None => return,
                 },
@@ -264,7 +283,8 @@ impl Client {
     }
 
     fn connect(&mut self) {
-        let sent = Arc::new(Mutex::new(Sent::by(self.handle.reader)));
+        let shares = self.handle.shares.clone();
+        let sent = Arc::new(Mutex::new(Sent::by(self.handle.reader, shares)));
         let pod = self.world.pod_for_client(&mut self.random);
         let host = Host::Client(self.handle.number);
         let link = self.world.network.connection(host, Host::Pod(pod));
@@ -347,7 +367,7 @@ impl Client {
         match *message {
             Message::SyncStep1 { state_vector } => {
                 let known = StateVector::decode_v1(state_vector).expect("a node sends one");
-                let update: Bytes = self.handle.replica.transact().encode_diff_v1(&known).into();
+                let update = self.handle.replica.encode_state_as_update(&known);
                 // With it the server has all that this client has typed. Another client may answer with the
                 // same bytes: seeing them come back says nothing, so a receipt is asked for.
                 self.send(y_websocket::sync_step2(&update));
@@ -358,10 +378,11 @@ impl Client {
                     let sent = open.sent.lock().expect("nobody panics with it");
                     sent.echoed(update)
                 });
-                if let Some(change) = change {
+                let shares = self.handle.shares.load(Ordering::Relaxed);
+                if let Some(change) = change.filter(|_| !shares) {
                     self.acked(&[change]);
                 }
-                apply(&self.handle.replica, update);
+                self.handle.replica.apply(update);
             }
             Message::Saved { payload } => {
                 let changes = self.connection.as_ref().and_then(|open| {
@@ -449,17 +470,21 @@ impl Client {
         } = &self.handle;
         let tabs = self.world.other_tabs(*browser, document, *number);
         for tab in tabs.iter().filter(|_| !self.handle.reader) {
-            apply(&tab.replica, &update);
+            tab.replica.apply(&update);
+            self.handle.shares.store(true, Ordering::Relaxed);
         }
         if self.connection.as_ref().is_some_and(|open| open.upgraded) {
             let inserts = matches!(change, Change::Insert(_));
-            if let Some(open) = self.connection.as_ref().filter(|_| inserts) {
+            // Who asks takes nothing else for a receipt.
+            let echoes = inserts && !self.explicit;
+            if let Some(open) = self.connection.as_ref().filter(|_| echoes) {
                 let mut sent = open.sent.lock().expect("nobody panics with it");
                 sent.update(update.clone(), change);
             }
             self.send(y_websocket::update(&update));
             // A deletion does not say whose it is: the return of its bytes may be somebody else's.
-            if self.explicit || !inserts {
+            let may_be_others = !inserts || self.handle.shares.load(Ordering::Relaxed);
+            if self.explicit || may_be_others {
                 self.ask();
             }
         }
@@ -490,12 +515,6 @@ impl Client {
             let _ = open.to.try_send((Instant::now(), WsMessage::Binary(frame)));
         }
     }
-}
-
-fn apply(replica: &Doc, update: &[u8]) {
-    let update = Update::decode_v1(update).expect("a node sends updates");
-    let applied = replica.transact_mut().apply_update(update);
-    applied.expect("what a node sends can be applied");
 }
 
 async fn arrival(connection: &mut Option<Open>) -> Option<Arrival> {

@@ -13,7 +13,8 @@ use async_trait::async_trait;
 use collab_core::control::{LoadSample, MemberState};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_core::limits::{
-    BATCH_BYTES_MAX, BATCH_UPDATES_MAX, BATCHES_IN_FLIGHT_MAX, LEASE, RENEWAL_GAP_MAX,
+    ADOPT_AFTER_FAILOVER, BATCH_BYTES_MAX, BATCH_UPDATES_MAX, BATCHES_IN_FLIGHT_MAX, LEASE,
+    RENEWAL_GAP_MAX,
 };
 use collab_node::store::memory::{Database, Memory};
 use collab_node::store::{
@@ -182,6 +183,12 @@ impl Server {
     pub(crate) fn failed_over_within(&self, time: Duration) -> bool {
         let since = self.health().failed_over;
         since.is_some_and(|since| since.elapsed() < time)
+    }
+
+    /// When slots without an owner may be taken again: not right after another server took over.
+    pub(crate) fn adoptable_since(&self) -> Option<Instant> {
+        let since = self.health().failed_over;
+        since.map(|since| since + ADOPT_AFTER_FAILOVER)
     }
 
     /// Another server takes over. What was in hand is not answered.

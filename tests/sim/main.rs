@@ -23,6 +23,7 @@ mod ledger;
 mod mutants;
 mod network;
 mod pod;
+mod replica;
 mod settings;
 mod witness;
 mod world;

@@ -24,7 +24,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use collab_core::ids::{DocumentId, Epoch, Seq, Slot};
@@ -363,7 +364,7 @@ impl Witness {
                 Message::SyncStep1 { .. } | Message::Awareness(_) | Message::QueryAwareness => {}
                 Message::SyncStep2 { update } => self.committed_state(document, update),
                 Message::Update { update } => {
-                    if let Some(change) = sent.echoed(update) {
+                    if let Some(change) = sent.echoes(update) {
                         self.receipt_leaves(document, &[change], "an echo");
                     }
                 }
@@ -512,22 +513,40 @@ pub(crate) fn text(doc: &Doc) -> String {
 pub(crate) struct Sent {
     /// By somebody who may not write.
     reader: bool,
-    updates: Vec<(Bytes, Change)>,
+    /// Another tab has had it, too, and may send the same bytes.
+    shares: Arc<AtomicBool>,
+    updates: Vec<Typed>,
     asked: Vec<(Vec<u8>, Vec<Change>)>,
+    /// When frames for the client last had to wait at the node.
+    full: Option<Instant>,
+}
+
+/// An edit on its way to a node.
+#[derive(Debug)]
+struct Typed {
+    update: Bytes,
+    change: Change,
+    /// When the node had it.
+    arrived: Option<Instant>,
 }
 
 impl Sent {
     /// Nothing yet, by somebody who may not write if it is a reader.
-    pub(crate) fn by(reader: bool) -> Self {
+    pub(crate) fn by(reader: bool, shares: Arc<AtomicBool>) -> Self {
         Self {
             reader,
+            shares,
             ..Self::default()
         }
     }
 
     /// An edit was sent.
     pub(crate) fn update(&mut self, update: Bytes, change: Change) {
-        self.updates.push((update, change));
+        self.updates.push(Typed {
+            update,
+            change,
+            arrived: None,
+        });
     }
 
     /// A receipt for these changes was asked for.
@@ -535,12 +554,37 @@ impl Sent {
         self.asked.push((payload, changes));
     }
 
-    /// What the return of `update` stands for.
+    /// The node has read an edit.
+    pub(crate) fn arrived(&mut self, update: &[u8]) {
+        let mut typed = self.updates.iter_mut();
+        if let Some(typed) = typed.find(|typed| typed.arrived.is_none() && typed.update == update) {
+            typed.arrived = Some(Instant::now());
+        }
+    }
+
+    /// The node has more for the client than fits on the way.
+    pub(crate) fn is_full(&mut self) {
+        self.full = Some(Instant::now());
+    }
+
+    /// What the return of `update` stands for, for a client that nobody shares its edits with.
     pub(crate) fn echoed(&self, update: &[u8]) -> Option<Change> {
-        let mut newest = self.updates.iter().rev();
-        newest
-            .find(|(bytes, _)| bytes == update)
-            .map(|(_, change)| *change)
+        self.typed(update).map(|typed| typed.change)
+    }
+
+    /// What `update` is an echo of as it leaves the node.
+    ///
+    /// The same bytes may come from another tab. A node keeps them from the client while it owes it their
+    /// echo; those that it sent, or had in hand for the client, before it knew, are none of its own.
+    pub(crate) fn echoes(&self, update: &[u8]) -> Option<Change> {
+        let typed = self.typed(update)?;
+        let owed = || {
+            let full = self.full;
+            typed.arrived.is_some_and(|arrived| {
+                arrived < Instant::now() && full.is_none_or(|full| full < arrived)
+            })
+        };
+        (!self.shares.load(Ordering::Relaxed) || owed()).then_some(typed.change)
     }
 
     /// What the return of a payload stands for.
@@ -549,5 +593,10 @@ impl Sent {
         newest
             .find(|(asked, _)| asked == payload)
             .map(|(_, changes)| changes.as_slice())
+    }
+
+    fn typed(&self, update: &[u8]) -> Option<&Typed> {
+        let mut newest = self.updates.iter().rev();
+        newest.find(|typed| typed.update == update)
     }
 }

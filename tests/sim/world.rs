@@ -8,6 +8,7 @@ use collab_core::document::Document;
 use collab_core::ids::{DocumentId, NodeId, Slot};
 use collab_core::limits::{ADOPT_AFTER_FAILOVER, LEASE, SNAPSHOT_AFTER_UPDATES};
 use collab_core::ring::slot_of;
+use collab_core::scan::Gap;
 use collab_node::documents::{Answer, Question};
 use collab_node::edge::{Admitted, Visitor};
 use collab_node::store::memory::{Database, LAG_MAX};
@@ -19,7 +20,7 @@ use rand::{Rng, SeedableRng};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
-use yrs::{Doc, ReadTxn, Transact, Update};
+use yrs::{ClientID, Doc, ReadTxn, Transact, Update};
 
 use crate::client::{self, Arrival, Command, Handle, Socket};
 use crate::database::Server;
@@ -36,7 +37,8 @@ const TROUBLE_MAX: Duration = Duration::from_secs(400);
 const RECOVERY: Duration = Duration::from_secs(15);
 /// The longest that everybody may take to agree once nobody types.
 const AGREEMENT: Duration = Duration::from_secs(20);
-/// A slot may be without a living owner for this long while a node that could take it lives well.
+/// A slot may be without a living owner for this long while a node that could take it lives well, and may: for a while
+/// after each failover of the database nobody may.
 const ORPHANED_MAX: Duration = Duration::from_secs(5);
 /// A node lives well after this time without anything wrong with it.
 const WELL_AFTER: Duration = Duration::from_secs(8);
@@ -730,7 +732,9 @@ impl World {
                     continue;
                 }
                 let since = *orphaned.entry(row.slot).or_insert(now);
-                if ORPHANED_MAX < now - since {
+                let adoptable = self.server.adoptable_since();
+                let since = adoptable.map_or(since, |adoptable| since.max(adoptable));
+                if ORPHANED_MAX < now.saturating_duration_since(since) {
                     self.witness.violated(format!(
                         "slot {} has had no owner for {:?} and a node lives well",
                         row.slot,
@@ -839,13 +843,11 @@ impl World {
             return false;
         };
         let known = owner.transact().state_vector();
-        let txn = handle.replica.transact();
-        txn.store().pending_update().is_some_and(|pending| {
-            let mut missing = pending.missing.iter();
-            missing.any(|(client, clock)| {
-                let is_here = |number: &usize| client::id_of(*number) == *client;
-                known.get(client) <= *clock && !self.clients().keys().any(is_here)
-            })
+        let gaps = handle.replica.gaps();
+        gaps.into_iter().any(|Gap { client, clock }| {
+            let client = ClientID::new(client);
+            let is_here = |number: &usize| client::id_of(*number) == client;
+            known.get(&client) <= clock && !self.clients().keys().any(is_here)
         })
     }
 
@@ -874,7 +876,7 @@ impl World {
                 .iter()
                 .filter(|handle| handle.document == document)
                 .filter(|handle| !handle.reader)
-                .map(|handle| (format!("client {}", handle.number), handle.replica.clone()))
+                .map(|handle| (format!("client {}", handle.number), handle.replica.doc()))
                 .collect();
             match self.reload(&document).await {
                 Ok(cold) => witnesses.push(("a cold reload".to_owned(), cold)),
