@@ -16,7 +16,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use collab_core::document::{Document, EdgeId, Effect, Input, NO_CLOCKS, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
-use collab_core::limits::{LARGE_STATE_BYTES, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
+use collab_core::limits::{
+    LARGE_STATE_BYTES, SNAPSHOT_AFTER_UPDATES, SNAPSHOT_URGENT_UPDATES, UNLOAD_AFTER,
+};
 use collab_core::mutants::Mutant;
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
@@ -56,6 +58,8 @@ const DEGRADED_RECHECK: Duration = Duration::from_secs(10);
 /// Between two looks at the clock: presence that expires, snapshots that are due.
 const TICK: Duration = Duration::from_secs(1);
 
+/// Inputs of a document that are taken before others have their turn.
+const INPUTS_PER_TURN: usize = 64;
 /// An update of this size may take the CRDT library long: it is applied apart from other documents.
 const HEAVY_UPDATE_BYTES: usize = 64 * 1024;
 /// More than this is not sent as it is stored.
@@ -536,7 +540,7 @@ impl Host {
     }
 
     /// Waits to be the owner, loads, and creates the document if it is to be.
-    async fn open(&mut self, missing: Missing) -> Result<Owned, End> {
+    async fn open(&mut self, missing: Missing) -> Result<Box<Owned>, End> {
         let documents = self.documents.clone();
         loop {
             if documents.memory.is_short() {
@@ -671,7 +675,7 @@ impl Host {
         ownership: Ownership,
         room_epoch: RoomEpoch,
         from: &'static str,
-    ) -> Owned {
+    ) -> Box<Owned> {
         let metrics = &self.documents.metrics;
         metrics.documents_open.inc();
         metrics.documents_loaded.with_label_values(&[from]).inc();
@@ -679,7 +683,8 @@ impl Host {
             degraded.remove(&self.document);
         });
         let (log_reply, log_events) = queue::unbounded();
-        Owned {
+        // A future has room for each place that it passes through.
+        Box::new(Owned {
             documents: self.documents.clone(),
             name: self.document.clone(),
             id: self.id,
@@ -693,12 +698,13 @@ impl Host {
             log_events,
             waiting: Vec::new(),
             snapshot_running: None,
+            snapshot_begun: None,
             presence_changed: false,
             idle_since: Instant::now(),
             unsettled_since: None,
             opened_at: Instant::now(),
             damage: None,
-        }
+        })
     }
 
     async fn wait_for_ownership(&self) -> Result<Ownership, End> {
@@ -729,7 +735,7 @@ impl Host {
     }
 
     /// Opens the good part of a damaged document, to be read only.
-    async fn degraded(&self, content: Content, ownership: Ownership, reason: String) -> Owned {
+    async fn degraded(&self, content: Content, ownership: Ownership, reason: String) -> Box<Owned> {
         tracing::error!(document.id = %self.document, reason, "the stored document is damaged; its good part is served read-only");
         let room_epoch = content.room_epoch;
         let good_part = move || damage::good_part(ownership.epoch, &content);
@@ -833,6 +839,8 @@ struct Owned {
     /// Answers that wait until what they show is durable.
     waiting: Vec<(Seq, Reply, Answer)>,
     snapshot_running: Option<oneshot::Receiver<Option<(Seq, Bytes)>>>,
+    /// The last one.
+    snapshot_begun: Option<Instant>,
     presence_changed: bool,
     idle_since: Instant,
     /// When an update began to wait for the log, or the last commit if more wait.
@@ -851,27 +859,19 @@ impl Drop for Owned {
 impl Owned {
     /// Serves until something ends it.
     async fn serve(
-        mut self,
+        mut self: Box<Self>,
         inputs: &mut queue::Receiver<ToDocument>,
         mut backlog: VecDeque<ToDocument>,
     ) -> (End, BTreeMap<EdgeId, EdgeSender>) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let end = loop {
-            // With a tail this long a snapshot is worth a short wait.
-            let must_settle = 2 * SNAPSHOT_AFTER_UPDATES <= self.document.tail()
-                && self.snapshot_running.is_none()
-                && !self.document.is_settled()
-                && !self.store_is_away();
             let step = tokio::select! {
                 biased;
                 Some(event) = self.log_events.recv() => self.logged(event),
-                message = next(&mut backlog, inputs), if !must_settle => match message {
-                    Some(ToDocument::Freeze(settled)) => self.frozen(inputs, settled, &mut backlog).await,
-                    Some(ToDocument::Delete(reply)) => self.delete(reply).await,
-                    Some(message) => self.take(message),
-                    None => Some(End::Unused),
-                },
+                message = next(&mut backlog, inputs), if !self.must_settle() => {
+                    self.take_turn(message, inputs, &mut backlog).await
+                }
                 stored = async { self.snapshot_running.as_mut().expect("guarded").await },
                     if self.snapshot_running.is_some() =>
                 {
@@ -889,6 +889,49 @@ impl Owned {
         };
         self.rescue(&end);
         (end, std::mem::take(&mut self.edges))
+    }
+
+    /// With a tail this long a snapshot is worth a short wait; one that fails is not tried again at once.
+    fn must_settle(&self) -> bool {
+        self.snapshot_is_urgent() && !self.document.is_settled() && !self.store_is_away()
+    }
+
+    fn snapshot_is_urgent(&self) -> bool {
+        SNAPSHOT_URGENT_UPDATES <= self.document.tail()
+            && self.snapshot_running.is_none()
+            && self
+                .snapshot_begun
+                .is_none_or(|begun| TICK <= begun.elapsed())
+    }
+
+    /// Takes an input and what has come after it by now: who is told of it is woken once for all.
+    async fn take_turn(
+        &mut self,
+        first: Option<ToDocument>,
+        inputs: &mut queue::Receiver<ToDocument>,
+        backlog: &mut VecDeque<ToDocument>,
+    ) -> Option<End> {
+        let Some(mut message) = first else {
+            return Some(End::Unused);
+        };
+        for count in 1.. {
+            let end = match message {
+                // Rare: they take memory when they come.
+                ToDocument::Freeze(settled) => {
+                    Box::pin(self.frozen(inputs, settled, backlog)).await
+                }
+                ToDocument::Delete(reply) => Box::pin(self.delete(reply)).await,
+                message => self.take(message),
+            };
+            if end.is_some() || count == INPUTS_PER_TURN || self.must_settle() {
+                return end;
+            }
+            message = match backlog.pop_front().or_else(|| inputs.try_recv().ok()) {
+                Some(next) => next,
+                None => break,
+            };
+        }
+        None
     }
 
     /// Keeps the state for the next opening if the database may have lost some of it.
@@ -1122,7 +1165,11 @@ impl Owned {
         match event {
             LogEvent::Committed(seq) => {
                 let end = self.handle(Input::Committed { seq });
-                self.unsettled_since = (!self.document.is_settled()).then(Instant::now);
+                let settled = self.document.is_settled();
+                self.unsettled_since = (!settled).then(Instant::now);
+                if settled && self.snapshot_is_urgent() {
+                    self.start_snapshot();
+                }
                 let durable = self.waiting.extract_if(.., |(after, ..)| *after <= seq);
                 for (_, reply, answer) in durable {
                     let _ = reply.send(Ok(answer));
@@ -1293,6 +1340,7 @@ impl Owned {
         let state = snapshot.bytes.clone();
         let (done, running) = oneshot::channel();
         self.snapshot_running = Some(running);
+        self.snapshot_begun = Some(Instant::now());
         let documents = self.documents.clone();
         self.documents.tasks.spawn(async move {
             let stored = snapshot::write(

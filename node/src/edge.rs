@@ -18,7 +18,7 @@ use collab_core::limits::{
     PULSE_EVERY,
 };
 use collab_core::wire::y_websocket;
-use futures::{Sink, SinkExt, Stream, StreamExt};
+use futures::{FutureExt, Sink, SinkExt, Stream, StreamExt};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::{Semaphore, oneshot};
@@ -49,6 +49,8 @@ use room::{FromSocket, Room};
 
 /// Updates of a socket that may wait for their receipt before the socket is no longer read.
 const UNANSWERED_UPDATES_MAX: usize = 256;
+/// Messages of a socket that are taken before others have their turn.
+const MESSAGES_PER_TURN: u32 = 64;
 /// A client that takes nothing for this long is gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// A client that takes less of a large state is gone, too.
@@ -258,14 +260,13 @@ impl Edge {
 
     async fn run_socket<S, E, C: Client>(
         &self,
-        socket: S,
+        mut socket: S,
         client: impl FnOnce(Line) -> C,
         mut closed: oneshot::Receiver<Close>,
     ) -> u16
     where
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
-        let (mut sink, mut stream) = socket.split();
         let (out, queue) = Outbox::new();
         let credit = Arc::new(Semaphore::new(UNANSWERED_UPDATES_MAX));
         let mut client = client(Line {
@@ -277,7 +278,7 @@ impl Edge {
         let mut pace = Pace::new(MESSAGES_PER_SECOND_MAX, MESSAGES_BURST, heard);
         let mut looks = interval(PULSE_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let close = loop {
+        let close = 'serve: loop {
             let wakes_at = client.wakes_at();
             let even_at = pace.even_at();
             let is_read = 0 < credit.available_permits() && even_at <= Instant::now();
@@ -297,9 +298,9 @@ impl Edge {
                         self.metrics.deliveries.inc_by(count as u64);
                         let sent = async {
                             for frame in batch.drain(..) {
-                                sink.feed(WsMessage::Binary(frame)).await?;
+                                socket.feed(WsMessage::Binary(frame)).await?;
                             }
-                            sink.flush().await
+                            socket.flush().await
                         };
                         if !matches!(timeout(time_to_take(bytes), sent).await, Ok(Ok(()))) {
                             return 1006;
@@ -319,25 +320,28 @@ impl Edge {
                     match pulse(heard.elapsed(), PING_AFTER, GONE_AFTER) {
                         Pulse::Well => {}
                         Pulse::Silent => {
-                            let ping = sink.send(WsMessage::Ping(Bytes::new()));
+                            let ping = socket.send(WsMessage::Ping(Bytes::new()));
                             let _ = timeout(PULSE_EVERY, ping).await;
                         }
                         Pulse::Gone => return 1006,
                     }
                 }
-                frame = async { let frame = stream.next().await; heard = Instant::now(); frame }, if is_read => match frame {
-                    Some(Ok(WsMessage::Binary(frame))) => {
-                        pace.take(1, Instant::now());
-                        if let Err(close) = client.received(&frame) {
-                            break close;
+                message = socket.next(), if is_read => {
+                    heard = Instant::now();
+                    let mut next = Some(message);
+                    let mut count = 0;
+                    while let Some(message) = next {
+                        match received(message, &mut client) {
+                            Ok(()) => count += 1,
+                            Err(Some(close)) => break 'serve close,
+                            Err(None) => return 1000,
                         }
+                        // What came with it is taken in the same turn.
+                        let more = count < MESSAGES_PER_TURN && 0 < credit.available_permits();
+                        next = if more { socket.next().now_or_never() } else { None };
                     }
-                    Some(Ok(WsMessage::Text(_))) => {
-                        break Close::new(1003, "text frames are not part of the protocol");
-                    }
-                    Some(Ok(WsMessage::Ping(_) | WsMessage::Pong(_))) => {}
-                    Some(Ok(WsMessage::Close(_)) | Err(_)) | None => return 1000,
-                },
+                    pace.take(count, heard);
+                }
                 // The room gives credit back; look again.
                 _ = credit.acquire(), if credit.available_permits() == 0 => {}
                 () = sleep_until(even_at), if !is_read && 0 < credit.available_permits() => {}
@@ -355,7 +359,7 @@ impl Edge {
             code,
             reason: reason.into(),
         }));
-        let _ = timeout(Duration::from_secs(1), sink.send(farewell)).await;
+        let _ = timeout(Duration::from_secs(1), socket.send(farewell)).await;
         code
     }
 
@@ -392,7 +396,7 @@ impl Edge {
             let (inputs, receiver) = queue::unbounded();
             let own_inputs = inputs.downgrade();
             let room = Room::new(self.clone(), document.clone(), id, receiver, own_inputs);
-            self.tasks.spawn(room.run());
+            self.tasks.spawn(Box::new(room).run());
             RoomEntry { id, inputs }
         });
         // The room leaves the table under this lock before it ends: this is heard.
@@ -437,6 +441,22 @@ impl Edge {
 
     fn lock_sockets(&self) -> MutexGuard<'_, BTreeMap<ConnectionId, oneshot::Sender<Close>>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes what came from a client. The error ends the socket, if need be with a word about why.
+fn received<E>(
+    message: Option<Result<WsMessage, E>>,
+    client: &mut impl Client,
+) -> Result<(), Option<Close>> {
+    match message {
+        Some(Ok(WsMessage::Binary(frame))) => client.received(&frame).map_err(Some),
+        Some(Ok(WsMessage::Text(_))) => {
+            let reason = "text frames are not part of the protocol";
+            Err(Some(Close::new(1003, reason)))
+        }
+        Some(Ok(WsMessage::Ping(_) | WsMessage::Pong(_))) => Ok(()),
+        Some(Ok(WsMessage::Close(_)) | Err(_)) | None => Err(None),
     }
 }
 

@@ -259,6 +259,9 @@ impl Writer {
 
     async fn try_once(&self, appends: &[Append]) -> Result<Vec<Outcome>, StoreError> {
         let done = self.store.append(appends).await?;
+        if done.inserted.len() == appends.len() {
+            return Ok(vec![Outcome::Committed; appends.len()]);
+        }
         let held: BTreeSet<Slot> = done.held.into_iter().collect();
         let inserted: BTreeSet<(DocumentId, Seq)> = done.inserted.into_iter().collect();
         let key = |append: &Append| (append.document.clone(), append.seq);

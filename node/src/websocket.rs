@@ -1,29 +1,46 @@
 //! The server's side of a client's WebSocket (RFC 6455).
 //!
-//! What goes to a thousand sockets is one allocation: each writes its frames from where they lie, several
-//! with one call of the system, and a large message in frames that take turns with what else the system
-//! has to send. The library behind it neither copies nor keeps buffers for what is not there.
+//! Turns of many messages cost one call of the system: all that waits for a client is written together, and all that it
+//! sent is read at once, into memory that the sockets of a thread share. A socket that is idle holds no buffer. There are
+//! no extensions: compression is a way to bombs of a thousand to one.
 
+use std::cell::RefCell;
+use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use axum::extract::FromRequestParts;
-use axum::extract::ws::{CloseFrame, Message};
+use axum::extract::ws::Message;
 use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use collab_core::limits::FRAME_BYTES_MAX;
+use bytes::{Buf, Bytes};
 use futures::{Sink, Stream};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_websockets::{CloseCode, Config, Error, Limits, ServerBuilder, WebSocketStream};
+use tokio_util::io::poll_read_buf;
 
-/// A message longer than this is sent in frames of this size; as much may wait for the end of a turn.
-const FRAGMENT_BYTES: usize = 64 * 1024;
-/// The code of a close frame without one (RFC 6455 section 7.1.5).
-const NO_STATUS: u16 = 1005;
+mod inbox;
+mod outgoing;
+
+use inbox::Inbox;
+use outgoing::Outgoing;
+
+/// So much is read at once.
+const READ_BYTES: usize = 64 * 1024;
+/// Room that is made at once for a message that is longer.
+const LONG_READ_BYTES: usize = 1024 * 1024;
+/// As much may wait for the end of a turn. A client that takes less is not answered its pings either.
+const WAITING_BYTES_MAX: usize = 64 * 1024;
+/// Parts that are written at once.
+const SLICES: usize = 64;
+
+thread_local! {
+    /// What is read passes through here, and is copied to as much memory as it takes.
+    static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
+}
 
 /// A request for a WebSocket.
 pub struct Upgrade {
@@ -76,14 +93,14 @@ impl<S: Sync> FromRequestParts<S> for Upgrade {
 }
 
 impl Upgrade {
-    /// Accepts, and serves the socket once it is there.
-    pub fn on_upgrade<F>(self, serve: impl FnOnce(Socket) -> F + Send + 'static) -> Response
+    /// Accepts, and serves the socket once it is there. Boxed: it passes through several futures, each with room for it.
+    pub fn on_upgrade<F>(self, serve: impl FnOnce(Box<Socket>) -> F + Send + 'static) -> Response
     where
         F: Future<Output = ()> + Send + 'static,
     {
         tokio::spawn(async move {
             match self.upgrade.await {
-                Ok(upgraded) => serve(Socket::new(upgraded)).await,
+                Ok(upgraded) => serve(Box::new(Socket::new(upgraded))).await,
                 Err(error) => tracing::debug!(%error, "a client left while its socket was opened"),
             }
         });
@@ -96,85 +113,199 @@ impl Upgrade {
     }
 }
 
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Continuation = 0,
+    Text = 1,
+    Binary = 2,
+    Close = 8,
+    Ping = 9,
+    Pong = 10,
+}
+
+impl Kind {
+    fn of(code: u8) -> Option<Self> {
+        let all = [
+            Self::Continuation,
+            Self::Text,
+            Self::Binary,
+            Self::Close,
+            Self::Ping,
+            Self::Pong,
+        ];
+        all.into_iter().find(|kind| *kind as u8 == code)
+    }
+
+    fn is_control(self) -> bool {
+        8 <= self as u8
+    }
+}
+
+/// Why a socket has ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The connection broke.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The client broke the rules, and was told so.
+    #[error("{0}")]
+    Violation(String),
+}
+
 /// A client's socket. Pings are answered by it; a message that is too large closes it (1009).
-pub struct Socket(WebSocketStream<TokioIo<Upgraded>>);
+pub struct Socket {
+    io: TokioIo<Upgraded>,
+    inbox: Inbox,
+    outgoing: Outgoing,
+    /// Nothing is read any more.
+    ended: bool,
+}
 
 impl Socket {
     fn new(upgraded: Upgraded) -> Self {
-        let builder = ServerBuilder::new()
-            .config(
-                Config::default()
-                    .frame_size(FRAGMENT_BYTES)
-                    .flush_threshold(FRAGMENT_BYTES),
-            )
-            .limits(Limits::default().max_payload_len(Some(FRAME_BYTES_MAX)));
-        Self(builder.serve(TokioIo::new(upgraded)))
+        Self {
+            io: TokioIo::new(upgraded),
+            inbox: Inbox::default(),
+            outgoing: Outgoing::default(),
+            ended: false,
+        }
+    }
+
+    /// Reads what there is; `false`: the client has closed.
+    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let missing = self.inbox.missing();
+        let (io, bytes) = (Pin::new(&mut self.io), self.inbox.bytes());
+        if READ_BYTES < missing {
+            bytes.reserve(missing.min(LONG_READ_BYTES));
+            return poll_read_buf(io, context, bytes).map_ok(|read| 0 < read);
+        }
+        READ.with_borrow_mut(|memory| {
+            let mut read = ReadBuf::new(memory);
+            ready!(io.poll_read(context, &mut read))?;
+            bytes.extend_from_slice(read.filled());
+            Poll::Ready(Ok(!read.filled().is_empty()))
+        })
+    }
+
+    fn poll_write(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Self { io, outgoing, .. } = self;
+        while outgoing.has_remaining() {
+            let io = Pin::new(&mut *io);
+            let first = outgoing.chunk();
+            let written = ready!(if first.len() == outgoing.remaining() {
+                io.poll_write(context, first)
+            } else {
+                let mut slices = [IoSlice::new(&[]); SLICES];
+                let count = outgoing.chunks_vectored(&mut slices);
+                io.poll_write_vectored(context, &slices[..count])
+            })?;
+            if written == 0 {
+                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+            }
+            outgoing.advance(written);
+        }
+        Pin::new(io).poll_flush(context)
+    }
+
+    /// The client has closed, or is to be: says so, if it is not too late for that.
+    fn end(&mut self, context: &mut Context<'_>, code: Option<u16>, reason: &str) {
+        self.ended = true;
+        self.outgoing
+            .push(Kind::Close, &close_payload(code, reason));
+        let _ = self.poll_write(context);
     }
 }
 
 impl Stream for Socket {
-    type Item = Result<Message, Error>;
+    type Item = Result<Message, SocketError>;
 
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let received = ready!(Pin::new(&mut self.0).poll_next(context));
-        if let Some(Err(_)) = received {
-            // A close frame that says what was wrong waits to be sent; it may be too late for that.
-            let _ = Pin::new(&mut self.0).poll_flush(context);
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if this.outgoing.has_remaining()
+            && let Poll::Ready(Err(error)) = this.poll_write(context)
+        {
+            this.ended = true;
+            return Poll::Ready(Some(Err(error.into())));
         }
-        Poll::Ready(received.map(|received| received.map(message_of)))
+        while !this.ended {
+            match this.inbox.next() {
+                Ok(Some(message)) => {
+                    match &message {
+                        Message::Ping(payload) if this.outgoing.remaining() < WAITING_BYTES_MAX => {
+                            this.outgoing.push(Kind::Pong, payload);
+                            let _ = this.poll_write(context);
+                        }
+                        Message::Close(frame) => {
+                            let code = frame.as_ref().map(|frame| frame.code);
+                            this.end(context, code, "");
+                        }
+                        _ => {}
+                    }
+                    return Poll::Ready(Some(Ok(message)));
+                }
+                Ok(None) => {}
+                Err(violation) => {
+                    let reason = violation.to_string();
+                    this.end(context, Some(violation.code()), &reason);
+                    return Poll::Ready(Some(Err(SocketError::Violation(reason))));
+                }
+            }
+            match ready!(this.poll_read(context)) {
+                Ok(true) => {}
+                Ok(false) => this.ended = true,
+                Err(error) => {
+                    this.ended = true;
+                    return Poll::Ready(Some(Err(error.into())));
+                }
+            }
+        }
+        Poll::Ready(None)
     }
 }
 
 impl Sink<Message> for Socket {
-    type Error = Error;
+    type Error = io::Error;
 
-    fn poll_ready(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        Pin::new(&mut self.0).poll_ready(context)
+    fn poll_ready(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.outgoing.remaining() < WAITING_BYTES_MAX {
+            Poll::Ready(Ok(()))
+        } else {
+            self.poll_flush(context)
+        }
     }
 
-    fn start_send(mut self: Pin<&mut Self>, message: Message) -> Result<(), Error> {
-        let message = match message {
-            Message::Binary(bytes) => tokio_websockets::Message::binary(bytes),
-            Message::Text(text) => tokio_websockets::Message::text(Bytes::from(text)),
-            Message::Ping(bytes) => tokio_websockets::Message::ping(bytes),
-            Message::Pong(bytes) => tokio_websockets::Message::pong(bytes),
+    fn start_send(self: Pin<&mut Self>, message: Message) -> io::Result<()> {
+        let (kind, payload) = match message {
+            Message::Binary(bytes) => (Kind::Binary, bytes),
+            Message::Text(text) => (Kind::Text, text.into()),
+            Message::Ping(bytes) => (Kind::Ping, bytes),
+            Message::Pong(bytes) => (Kind::Pong, bytes),
             Message::Close(frame) => {
-                let code = frame
-                    .as_ref()
-                    .and_then(|frame| CloseCode::try_from(frame.code).ok());
+                let code = frame.as_ref().map(|frame| frame.code);
                 let reason = frame.as_ref().map_or("", |frame| frame.reason.as_str());
-                tokio_websockets::Message::close(code, reason)
+                (Kind::Close, close_payload(code, reason))
             }
         };
-        Pin::new(&mut self.0).start_send(message)
+        self.get_mut().outgoing.push(kind, &payload);
+        Ok(())
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        Pin::new(&mut self.0).poll_flush(context)
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().poll_write(context)
     }
 
-    fn poll_close(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        Pin::new(&mut self.0).poll_close(context)
+    fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        ready!(this.poll_write(context))?;
+        Pin::new(&mut this.io).poll_shutdown(context)
     }
 }
 
-fn message_of(message: tokio_websockets::Message) -> Message {
-    if let Some((code, reason)) = message.as_close() {
-        let code = u16::from(code);
-        return Message::Close((code != NO_STATUS).then(|| CloseFrame {
-            code,
-            reason: reason.into(),
-        }));
-    }
-    let message_as: fn(Bytes) -> Message = if message.is_binary() {
-        Message::Binary
-    } else if message.is_ping() {
-        Message::Ping
-    } else if message.is_pong() {
-        Message::Pong
-    } else {
-        // What it says is of no use: text is not part of any protocol here.
-        |_| Message::Text("".into())
-    };
-    message_as(message.into_payload().into())
+/// What a close frame carries: nothing, or a code and a reason of at most 123 bytes.
+fn close_payload(code: Option<u16>, reason: &str) -> Bytes {
+    code.map_or_else(Bytes::new, |code| {
+        let reason = &reason[..reason.floor_char_boundary(123)];
+        [&code.to_be_bytes(), reason.as_bytes()].concat().into()
+    })
 }

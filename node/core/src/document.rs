@@ -790,10 +790,19 @@ impl Document {
             self.whole_state();
         }
         let mut effects = Vec::new();
+        // One for each socket: a receipt speaks of all before it.
+        let mut receipts = BTreeMap::<(EdgeId, ConnectionId), usize>::new();
         while let Some(Waiting { to, message, .. }) = self
             .waiting
             .pop_front_if(|waiting| waiting.after <= self.committed)
         {
+            if let ToEdge::Receipt { connection, .. } = message {
+                let place = *receipts.entry((to, connection)).or_insert(effects.len());
+                if let Some(earlier) = effects.get_mut(place) {
+                    *earlier = Effect::Send { to, message };
+                    continue;
+                }
+            }
             effects.push(Effect::Send { to, message });
         }
         while let Some((_, bytes)) = self
@@ -1101,6 +1110,21 @@ mod tests {
             [fan_out(ALICE, &typed), append(1, &typed)]
         );
         assert_eq!(document.handle(committed(1)), [receipt(ALICE, 2)]);
+    }
+
+    #[test]
+    fn a_commit_gives_each_socket_one_receipt_for_all_that_it_made_durable() {
+        let mut document = shared_by_alice_and_bob();
+        let (mut alice, mut bob) = (Typist::new(1), Typist::new(2));
+        document.handle(update(ALICE, 2, &alice.types("h")));
+        document.handle(update(BOB, 2, &bob.types("H")));
+        document.handle(update(ALICE, 3, &alice.types("i")));
+        document.handle(update(ALICE, 4, &alice.types("!")));
+        assert_eq!(
+            document.handle(committed(3)),
+            [receipt(ALICE, 3), receipt(BOB, 2)]
+        );
+        assert_eq!(document.handle(committed(4)), [receipt(ALICE, 4)]);
     }
 
     #[test]

@@ -68,6 +68,23 @@ impl Outbox {
         wake(inner);
     }
 
+    /// Adds frames, all at once.
+    pub(super) fn put_all(&self, frames: impl IntoIterator<Item = Bytes>) {
+        let mut inner = self.lock();
+        if inner.closed {
+            return;
+        }
+        let before = inner.frames.len();
+        inner.frames.extend(frames);
+        let added = &inner.frames[before..];
+        let (count, bytes) = (added.len(), added.iter().map(Bytes::len).sum::<usize>());
+        inner.unsent.0 += count;
+        inner.unsent.1 += bytes;
+        if 0 < count {
+            wake(inner);
+        }
+    }
+
     /// A room has done with a connection.
     pub(super) fn end(&self, connection: ConnectionId, close: Close) {
         let mut inner = self.lock();
@@ -192,6 +209,21 @@ mod tests {
         batch.clear();
         queue.sent(1, half.len(), &mut batch);
         assert!(matches!(told.try_recv(), Ok(FromSocket::Drained { .. })));
+    }
+
+    #[tokio::test]
+    async fn frames_that_are_put_together_are_counted_and_taken_together() {
+        let (outbox, queue) = Outbox::new();
+        let mut batch = Vec::new();
+        outbox.put_all([]);
+        assert!(queue.take(&mut batch).now_or_never().is_none());
+        outbox.put("one".into());
+        outbox.put_all(["two".into(), "three".into()]);
+        assert!(matches!(queue.take(&mut batch).await, Taken::Frames(11)));
+        assert_eq!(batch, ["one", "two", "three"]);
+        drop(queue);
+        outbox.put_all([Bytes::from(vec![0; SOCKET_QUEUE_BYTES_MAX])]);
+        assert!(!outbox.is_full(), "nobody takes it");
     }
 
     #[tokio::test]

@@ -27,7 +27,7 @@ use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
 use yrs::{ClientID, StateVector};
 
-use super::family::{Family, Recent, Shared, Told};
+use super::family::{Family, Frames, Recent, Shared, Told};
 use super::pace::Pace;
 use super::{Access, CLOSE_POLICY, CLOSE_TRY_AGAIN, Close, Edge, Line, Visitor};
 use crate::documents::{Attachment, EdgeSender};
@@ -40,6 +40,12 @@ const RETRY: Duration = Duration::from_millis(50);
 const MAP_OLD_AFTER: Duration = Duration::from_secs(1);
 /// Before a document that cannot be served is tried again.
 const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
+/// Messages of the owner, or of sockets, that are taken before others have their turn.
+const MESSAGES_PER_TURN: usize = 128;
+/// A larger edit does not wait for the end of its turn.
+const GATHERED_BYTES_MAX: usize = 4096;
+/// Memory for as many edits is kept; that of a burst is given back.
+const KEPT_EDITS: usize = 16;
 /// Between two looks for quiet sockets, and for an empty room.
 const TICK: Duration = Duration::from_secs(5);
 
@@ -153,12 +159,15 @@ pub(super) struct Room {
     id: u64,
     inputs: queue::Receiver<FromSocket>,
     own_inputs: queue::WeakSender<FromSocket>,
-    sockets: BTreeMap<ConnectionId, Socket>,
+    /// Boxed: a tree makes room for eleven at once, and most documents have few.
+    sockets: BTreeMap<ConnectionId, Box<Socket>>,
     upstream: Option<Upstream>,
     retry_at: Instant,
     /// An owner of an earlier epoch is none any more, whatever the map still shows; for a while, since who said so may have
     /// spoken of another slot of a document that was pinned.
     least_epoch: (Epoch, Instant),
+    /// Edits of this turn that the sockets are still to be sent.
+    edits: Vec<Edit>,
     /// What newcomers were sent a moment ago.
     recent: Recent,
     /// What every synced socket has.
@@ -171,13 +180,23 @@ pub(super) struct Room {
     deleted: bool,
     /// Sockets of clients that have what was deleted. They stay denied: in another life of the document
     /// they would bring it back.
-    outlived: BTreeMap<ConnectionId, Socket>,
+    outlived: BTreeMap<ConnectionId, Box<Socket>>,
     /// Why edits are refused, if they are; of the present owner, and of the one that is about to answer.
     read_only: Option<String>,
     coming_read_only: Option<String>,
     /// Too much waits for its commit.
     paused: bool,
     empty_since: Instant,
+}
+
+/// An edit on its way to the sockets.
+struct Edit {
+    /// Who sent it.
+    except: Option<ConnectionId>,
+    update: Bytes,
+    /// As of [`Socket::echoes`].
+    checksum: u32,
+    frames: Frames,
 }
 
 /// The channel to the owner.
@@ -234,6 +253,8 @@ struct Socket {
     refused: u32,
     owed: VecDeque<Owed>,
     owed_bytes: usize,
+    /// Checksums of the updates among what is owed, in the same order.
+    echoes: VecDeque<u32>,
     awareness: Option<Bytes>,
     last_out: Instant,
     /// Edits of a reader that are passed over.
@@ -307,6 +328,7 @@ impl Room {
             upstream: None,
             retry_at: Instant::now(),
             least_epoch: (Epoch(0), Instant::now()),
+            edits: Vec::new(),
             recent: Recent::default(),
             delivered: StateVector::default(),
             catching_up: None,
@@ -320,7 +342,7 @@ impl Room {
         }
     }
 
-    pub(super) async fn run(mut self) {
+    pub(super) async fn run(mut self: Box<Self>) {
         let mut map = self.edge.members.watch();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -332,11 +354,20 @@ impl Room {
             tokio::select! {
                 biased;
                 message = next(&mut self.upstream) => match message {
-                    Some(message) => self.owner_says(message),
+                    Some(message) => {
+                        self.owner_says(message);
+                        self.owner_goes_on();
+                    }
                     None => self.detach(RETRY),
                 },
                 input = self.inputs.recv() => match input {
-                    Some(input) => self.socket_says(input),
+                    Some(input) => {
+                        self.socket_says(input);
+                        for _ in 1..MESSAGES_PER_TURN {
+                            let Ok(input) = self.inputs.try_recv() else { break };
+                            self.socket_says(input);
+                        }
+                    }
                     None => return,
                 },
                 () = map.changed() => self.map_changed(),
@@ -452,7 +483,25 @@ impl Room {
         }
     }
 
+    /// Takes what the owner has said by now. Each socket is given all edits in it together.
+    fn owner_goes_on(&mut self) {
+        for _ in 1..MESSAGES_PER_TURN {
+            let Some(upstream) = &mut self.upstream else {
+                break;
+            };
+            let Ok(message) = upstream.from.try_recv() else {
+                break;
+            };
+            self.owner_says(message);
+        }
+        self.pass_on();
+    }
+
     fn owner_says(&mut self, message: ToEdge) {
+        if !matches!(message, ToEdge::FanOut { .. }) {
+            // It comes after them.
+            self.pass_on();
+        }
         match message {
             ToEdge::Attached { state_vector, .. } => {
                 self.served();
@@ -467,7 +516,7 @@ impl Room {
             ToEdge::CatchUp { update } => self.caught_up(&update),
             ToEdge::FanOut { except, update } => match &mut self.catching_up {
                 Some(waiting) => waiting.push((except, update)),
-                None => self.fan_out(except, &update),
+                None => self.fan_out(except, update),
             },
             ToEdge::Presence { payload } => {
                 let mut shared = Shared::new(Told::Presence(&payload));
@@ -539,7 +588,8 @@ impl Room {
                 }
                 if cause == Unavailable::Deleted {
                     self.deleted = true;
-                    let has_content = |_: &ConnectionId, socket: &mut Socket| socket.has_content();
+                    let has_content =
+                        |_: &ConnectionId, socket: &mut Box<Socket>| socket.has_content();
                     self.outlived
                         .extend(self.sockets.extract_if(.., has_content));
                 }
@@ -599,31 +649,59 @@ impl Room {
                 .merge(std::mem::take(&mut upstream.state_vector));
         }
         for (except, update) in self.catching_up.take().unwrap_or_default() {
-            self.fan_out(except, &update);
+            self.fan_out(except, update);
         }
     }
 
-    fn fan_out(&mut self, except: Option<ConnectionId>, update: &Bytes) {
-        let mut shared = Shared::new(Told::Update(update));
-        for (connection, socket) in &mut self.sockets {
-            // Two clients may answer with the same bytes: those of the other must not pass for the own receipt.
-            if Some(*connection) == except || socket.is_owed(update) {
+    fn fan_out(&mut self, except: Option<ConnectionId>, update: Bytes) {
+        let is_large = GATHERED_BYTES_MAX < update.len();
+        self.edits.push(Edit::new(except, update));
+        if is_large {
+            self.pass_on();
+        }
+    }
+
+    /// Gives the sockets the edits that were gathered.
+    fn pass_on(&mut self) {
+        if self.edits.is_empty() {
+            return;
+        }
+        let mut edits = std::mem::take(&mut self.edits);
+        let mut frames = Vec::with_capacity(edits.len());
+        for socket in self.sockets.values_mut() {
+            if matches!(socket.feed, Feed::Missed | Feed::Behind) {
                 continue;
             }
-            match socket.feed {
-                Feed::Held => socket.hold(shared.frame(&socket.family)),
-                Feed::Live if socket.line.out.is_full() => {
-                    self.edge.metrics.sockets_behind.inc();
-                    socket.fall_behind(&self.delivered, &self.own_inputs);
+            for edit in &mut edits {
+                if socket.wants(edit) {
+                    let told = Told::Update(&edit.update);
+                    frames.extend(edit.frames.frame(&socket.family, told));
                 }
-                Feed::Live => socket.tell_shared(&mut shared),
-                Feed::Missed | Feed::Behind => {}
+            }
+            if frames.is_empty() {
+                continue;
+            }
+            if socket.feed == Feed::Held {
+                for frame in frames.drain(..) {
+                    socket.hold(frame);
+                }
+            } else if socket.line.out.is_full() {
+                frames.clear();
+                self.edge.metrics.sockets_behind.inc();
+                socket.fall_behind(&self.delivered, &self.own_inputs);
+            } else {
+                socket.put_all(frames.drain(..));
             }
         }
-        if let Ok(scan) = scan::scan_update(update) {
-            for (client, end) in scan.client_ends() {
-                self.delivered.set_max(ClientID::new(client), end);
+        for edit in edits.drain(..) {
+            if let Ok(scan) = scan::scan_update(&edit.update) {
+                for (client, end) in scan.client_ends() {
+                    self.delivered.set_max(ClientID::new(client), end);
+                }
             }
+        }
+        if edits.capacity() <= KEPT_EDITS {
+            self.edits = edits;
         }
     }
 
@@ -662,7 +740,7 @@ impl Room {
                 visitor,
                 family,
                 line,
-            } => self.join(Socket::new(connection, visitor, family, line)),
+            } => self.join(Box::new(Socket::new(connection, visitor, family, line))),
             FromSocket::Admit {
                 connection,
                 visitor,
@@ -732,7 +810,7 @@ impl Room {
         }
     }
 
-    fn join(&mut self, mut socket: Socket) {
+    fn join(&mut self, mut socket: Box<Socket>) {
         if let Some(reason) = self.full_for(&socket.visitor) {
             socket.kick(CLOSE_TRY_AGAIN, reason);
             return;
@@ -789,11 +867,9 @@ impl Room {
         if CONNECTIONS_PER_DOCUMENT_MAX <= self.sockets.len() {
             return Some("this document has as many connections as it may have; try again");
         }
-        let same = |socket: &&Socket| socket.visitor.author == visitor.author;
-        let of_user = self
-            .sockets
-            .values()
-            .filter(same)
+        let authors = self.sockets.values().map(|socket| &socket.visitor.author);
+        let of_user = authors
+            .filter(|author| **author == visitor.author)
             .take(CONNECTIONS_PER_USER_MAX);
         (!visitor.author.is_empty() && of_user.count() == CONNECTIONS_PER_USER_MAX).then_some(
             "this user has as many connections to the document as it may have; try again",
@@ -891,6 +967,17 @@ impl Room {
     }
 }
 
+impl Edit {
+    fn new(except: Option<ConnectionId>, update: Bytes) -> Self {
+        Self {
+            except,
+            checksum: crc32c::crc32c(&update),
+            update,
+            frames: Frames::default(),
+        }
+    }
+}
+
 impl Socket {
     fn new(connection: ConnectionId, visitor: Visitor, family: Family, line: Line) -> Self {
         let now = Instant::now();
@@ -913,6 +1000,7 @@ impl Socket {
             refused: 0,
             owed: VecDeque::new(),
             owed_bytes: 0,
+            echoes: VecDeque::new(),
             awareness: None,
             last_out: now,
             edits_of_reader: Pace::new(READER_EDITS_PER_SECOND_MAX, READER_EDITS_BURST, now),
@@ -967,6 +1055,11 @@ impl Socket {
         self.line.out.put(frame);
     }
 
+    fn put_all(&mut self, frames: impl IntoIterator<Item = Bytes>) {
+        self.last_out = Instant::now();
+        self.line.out.put_all(frames);
+    }
+
     /// Sends a part of what comes before a step 2.
     fn begin_sync(&mut self, update: &Bytes, recent: &mut Recent) {
         // Who is behind asks again.
@@ -991,15 +1084,17 @@ impl Socket {
         if sync == Sync::Whole {
             self.step1 = None;
         }
-        for frame in self.drop_held() {
-            self.put(frame);
-        }
+        let held = self.drop_held();
+        self.put_all(held);
     }
 
     /// Keeps an edit until the step 2 is sent, or has it asked for again when there are too many.
-    fn hold(&mut self, frame: Option<Bytes>) {
-        self.held_bytes += frame.as_ref().map_or(0, Bytes::len);
-        self.held.extend(frame);
+    fn hold(&mut self, frame: Bytes) {
+        if self.feed != Feed::Held {
+            return;
+        }
+        self.held_bytes += frame.len();
+        self.held.push(frame);
         if SOCKET_QUEUE_BYTES_MAX < self.held_bytes {
             self.drop_held();
             self.feed = Feed::Missed;
@@ -1105,10 +1200,13 @@ impl Socket {
         }
     }
 
-    /// The client sent these bytes, and takes their return for a receipt.
-    fn is_owed(&self, update: &Bytes) -> bool {
-        let owed = |owed: &Owed| matches!(&owed.receipt, Receipt::Echo(sent) if sent == update);
-        self.owed.iter().any(owed)
+    /// Whether an edit is for it. Its own is not; nor are the same bytes of another client, which may have answered with
+    /// them too: it would take them for its receipt.
+    fn wants(&self, edit: &Edit) -> bool {
+        let sent =
+            |owed: &Owed| matches!(&owed.receipt, Receipt::Echo(sent) if *sent == edit.update);
+        Some(self.connection) != edit.except
+            && !(self.echoes.contains(&edit.checksum) && self.owed.iter().any(sent))
     }
 
     /// Counts an update and notes what is owed for it. Answers its number, unless it answers an owner
@@ -1129,6 +1227,10 @@ impl Socket {
         let bytes = if has_edits { update.len() } else { 0 };
         self.owed_bytes += bytes;
         let holds_credit = attached && !late && self.asked == 0;
+        let receipt = self.receipt_for(kind, update);
+        if let Receipt::Echo(update) = &receipt {
+            self.echoes.push_back(crc32c::crc32c(update));
+        }
         self.owed.push_back(Owed {
             number: self.sent,
             receipt,
@@ -1184,25 +1286,26 @@ impl Socket {
 
     fn receipted(&mut self, upto: u64, ack_seconds: &prometheus::Histogram) {
         self.durable = self.durable.max(upto);
-        while self
-            .owed
-            .front()
-            .is_some_and(|owed| owed.number <= self.durable)
-        {
-            let Some(owed) = self.owed.pop_front() else {
-                return;
-            };
+        let now = Instant::now();
+        let mut frames = Vec::new();
+        while let Some(owed) = self.owed.pop_front_if(|owed| owed.number <= self.durable) {
             self.withheld += usize::from(owed.holds_credit);
             if 0 < owed.bytes {
                 self.owed_bytes -= owed.bytes;
-                ack_seconds.observe(owed.since.elapsed().as_secs_f64());
+                ack_seconds.observe(now.duration_since(owed.since).as_secs_f64());
             }
-            match owed.receipt {
-                Receipt::Echo(update) => self.tell(Told::Update(&update)),
-                Receipt::Saved(payload) => self.tell(Told::Saved(&payload)),
-                Receipt::Status => self.tell(Told::Status(Status::Saved)),
-                Receipt::Silent => {}
-            }
+            frames.extend(match owed.receipt {
+                Receipt::Echo(update) => {
+                    self.echoes.pop_front();
+                    self.family.frame(Told::Update(&update))
+                }
+                Receipt::Saved(payload) => self.family.frame(Told::Saved(&payload)),
+                Receipt::Status => self.family.frame(Told::Status(Status::Saved)),
+                Receipt::Silent => None,
+            });
+        }
+        if !frames.is_empty() {
+            self.put_all(frames);
         }
         self.give_back(0);
     }
@@ -1336,6 +1439,24 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_wants_neither_its_own_edit_nor_the_same_bytes_of_another_before_its_receipt() {
+        let (mut socket, _queue) = socket(Family::YWebsocket, Access::Write);
+        let edit = |except, byte| Edit::new(except, update(byte));
+        assert!(!socket.wants(&edit(Some(CONNECTION), 1)));
+        assert!(socket.wants(&edit(Some(ConnectionId(8)), 1)));
+        for byte in 1..=3 {
+            socket.take_update(UpdateKind::Update, &update(byte), true);
+        }
+        assert!(!socket.wants(&edit(Some(ConnectionId(8)), 1)));
+        assert!(!socket.wants(&edit(None, 3)));
+        assert!(socket.wants(&edit(None, 4)));
+        socket.receipted(2, &seconds());
+        assert!(socket.wants(&edit(None, 2)) && !socket.wants(&edit(None, 3)));
+        socket.receipted(3, &seconds());
+        assert!(socket.wants(&edit(None, 3)));
+    }
+
+    #[test]
     fn a_deletion_in_an_answer_is_receipted_as_any_edit() {
         let (mut socket, queue) = socket(Family::YWebsocket, Access::Write);
         let deletes = Bytes::from_static(&[0, 1, 1, 1, 0, 1]);
@@ -1459,7 +1580,7 @@ mod tests {
         assert!(!socket.line.out.is_full());
         // The room asks for it from there on, and edits wait until it is here.
         socket.feed = Feed::Held;
-        socket.hold(Some(Bytes::from_static(b"edit")));
+        socket.hold(Bytes::from_static(b"edit"));
         socket.sync(
             &Bytes::from_static(b"difference"),
             Sync::Whole,
@@ -1475,7 +1596,7 @@ mod tests {
     fn a_step_2_that_more_edits_followed_than_are_kept_is_asked_for_again() {
         let (mut socket, _queue) = socket(Family::YWebsocket, Access::Write);
         socket.step1 = Some(Bytes::from_static(&[0]));
-        socket.hold(Some(Bytes::from(vec![0; SOCKET_QUEUE_BYTES_MAX + 1])));
+        socket.hold(Bytes::from(vec![0; SOCKET_QUEUE_BYTES_MAX + 1]));
         assert!(socket.held.is_empty());
         socket.sync(
             &Bytes::from_static(b"old"),

@@ -41,7 +41,7 @@ const READERS: u32 = 4;
 /// Rows of one insert; each binds 8 variables at most, of which SQLite allows 32,766.
 const INSERT_ROWS_MAX: usize = 1_000;
 /// Sizes of the statements that are kept prepared.
-const INSERT_PLACES: [usize; 6] = [1, 4, 16, 64, 256, INSERT_ROWS_MAX];
+const INSERT_PLACES: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, INSERT_ROWS_MAX];
 /// Pages of the file that each connection keeps, as SQLite wants it: negative, in KiB. The system has the file in memory, too.
 const CACHE_SIZE: &str = "-512";
 /// Between two times that what was appended is moved from the write-ahead log to its place in the file.
@@ -115,7 +115,8 @@ impl Sqlite {
             .into_iter()
             .find(|places| batch.len() <= *places);
         let places = places.unwrap_or(batch.len());
-        // The same text for many sizes, so that it is read once. What is not used has no document.
+        // The same text for many sizes, so that it is read once. What is not used has no document. A cross join says that
+        // the rows come first, and are neither written down nor sorted before.
         let mut insert = QueryBuilder::<Database>::new(
             "with r(document, seq, slot, epoch, incarnation, crc32c, bytes, author) as (",
         );
@@ -136,15 +137,30 @@ impl Sqlite {
              select r.document, r.seq, r.slot, r.epoch, r.crc32c, r.bytes, r.author,
                cast(unixepoch('subsec') * 1000 as integer)
              from r
-               join slot s on s.slot = r.slot and s.epoch = r.epoch and s.owner = r.incarnation
-               join document d on d.id = r.document and not d.deleted and d.base_seq < r.seq
-             where true on conflict (document, seq) do nothing returning document, seq",
+               cross join slot s on s.slot = r.slot and s.epoch = r.epoch and s.owner = r.incarnation
+               cross join document d on d.id = r.document and not d.deleted and d.base_seq < r.seq
+             where true on conflict (document, seq) do nothing",
         );
-        let rows = insert
-            .build()
-            .fetch_all(&self.writer)
-            .await
-            .map_err(failed)?;
+        let done = insert.build().execute(&self.writer).await.map_err(failed)?;
+        // Nearly always it was all, and to be told of each row would cost as much as to write it.
+        let count = done.rows_affected();
+        if count == batch.len() as u64 {
+            let key = |append: &Append| (append.document.clone(), append.seq);
+            return Ok(batch.iter().map(key).collect());
+        }
+        self.inserted(done.last_insert_rowid(), count).await
+    }
+
+    /// The keys of the last rows: nobody else inserts, and each row gets the next number.
+    async fn inserted(&self, last: i64, count: u64) -> Result<Vec<(DocumentId, Seq)>, StoreError> {
+        let rows = sqlx::query(
+            "select document, seq from update_log where rowid > ?1 - ?2 and rowid <= ?1 order by rowid",
+        )
+        .bind(last)
+        .bind(i64::try_from(count).unwrap_or(i64::MAX))
+        .fetch_all(&self.writer)
+        .await
+        .map_err(failed)?;
         rows.iter()
             .map(|row| Ok((document_id(get(row, 0)?)?, Seq(get(row, 1)?))))
             .collect()
