@@ -18,6 +18,7 @@ use collab_core::document::{Document, EdgeId, Effect, Input, NO_CLOCKS, OpenErro
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
 use collab_core::limits::{LARGE_STATE_BYTES, SNAPSHOT_AFTER_UPDATES, UNLOAD_AFTER};
 use collab_core::mutants::Mutant;
+use collab_core::scan::Summary;
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
 use tokio::sync::oneshot;
@@ -832,7 +833,7 @@ struct Owned {
     log_events: queue::Receiver<LogEvent>,
     /// Answers that wait until what they show is durable.
     waiting: Vec<(Seq, Reply, Answer)>,
-    snapshot_running: Option<oneshot::Receiver<Option<(Seq, Bytes)>>>,
+    snapshot_running: Option<oneshot::Receiver<Option<Snapshotted>>>,
     presence_changed: bool,
     idle_since: Instant,
     /// When an update began to wait for the log, or the last commit if more wait.
@@ -840,6 +841,13 @@ struct Owned {
     opened_at: Instant,
     /// What is wrong with the stored rows; the document is read-only.
     damage: Option<String>,
+}
+
+/// A snapshot that is stored.
+struct Snapshotted {
+    seq: Seq,
+    state: Bytes,
+    whole: Summary,
 }
 
 impl Drop for Owned {
@@ -876,8 +884,8 @@ impl Owned {
                     if self.snapshot_running.is_some() =>
                 {
                     self.snapshot_running = None;
-                    if let Ok(Some((seq, state))) = stored {
-                        self.document.set_snapshot(seq, state);
+                    if let Ok(Some(Snapshotted { seq, state, whole })) = stored {
+                        self.document.set_snapshot(seq, state, whole);
                     }
                     None
                 }
@@ -1290,7 +1298,7 @@ impl Owned {
             },
             bytes: self.document.whole_state(),
         };
-        let state = snapshot.bytes.clone();
+        let (seq, state) = (snapshot.seq, snapshot.bytes.clone());
         let (done, running) = oneshot::channel();
         self.snapshot_running = Some(running);
         let documents = self.documents.clone();
@@ -1303,7 +1311,7 @@ impl Owned {
                 snapshot,
             )
             .await;
-            let _ = done.send(stored.map(|seq| (seq, state)));
+            let _ = done.send(stored.map(|whole| Snapshotted { seq, state, whole }));
         });
     }
 

@@ -218,6 +218,7 @@ impl Metrics {
             "resync",
             "read_only",
             "degraded",
+            "full",
             "unsaved",
         ] {
             metrics.updates_refused.with_label_values(&[reason]);

@@ -620,7 +620,7 @@ impl Room {
                 Feed::Missed | Feed::Behind => {}
             }
         }
-        if let Ok(scan) = scan::scan_update(update) {
+        if let Ok(scan) = scan::scan_stored(update) {
             for (client, end) in scan.client_ends() {
                 self.delivered.set_max(ClientID::new(client), end);
             }
