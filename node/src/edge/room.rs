@@ -67,7 +67,7 @@ pub(super) enum FromSocket {
     Step1 {
         connection: ConnectionId,
         state_vector: Bytes,
-        /// Changes that the client has counted since, and that were not passed on.
+        /// Changes that the client has counted and that were not passed on, the beginning itself among them.
         changes: u32,
     },
     Update {
@@ -119,7 +119,7 @@ impl FromSocket {
             Message::SyncStep1 { state_vector } => Self::Step1 {
                 connection,
                 state_vector: shared(state_vector),
-                changes: 0,
+                changes: 1,
             },
             Message::SyncStep2 { update } => Self::Update {
                 connection,
@@ -1045,7 +1045,7 @@ impl Socket {
         }
     }
 
-    /// The client begins to sync. One that counts its changes counts this as one, and forgets those before.
+    /// The client begins to sync. One that counts its changes is owed a status for each, and forgets those before.
     fn begin(&mut self, state_vector: Bytes, changes: u32) {
         self.step1 = Some(state_vector);
         if let Family::Hocuspocus { .. } = self.family {
@@ -1056,7 +1056,7 @@ impl Socket {
             }
             self.refused = 0;
             // Not before it has answered for the first time: only then all that it has is here.
-            self.owe_statuses(self.sent.max(1), changes.saturating_add(1));
+            self.owe_statuses(self.sent.max(1), changes);
         }
     }
 
@@ -1311,7 +1311,7 @@ mod tests {
         let (mut socket, queue) = hocuspocus(Access::Write);
         let sent = || std::iter::from_fn(|| queue.try_take()).collect::<Vec<_>>();
         let saved = hocuspocus::sync_status("notes", Status::Saved);
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         socket.receipted(0, &seconds());
         assert!(sent().is_empty(), "what it has is not here yet");
         socket.take_update(UpdateKind::Step2, &update(1), true);
@@ -1325,17 +1325,17 @@ mod tests {
 
         // It begins anew, and forgets what it has counted.
         socket.take_update(UpdateKind::Update, &update(4), true);
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         socket.receipted(4, &seconds());
         assert_eq!(sent(), vec![saved.clone()], "its handshake only");
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         assert_eq!(sent(), [saved], "all that it has sent is durable");
     }
 
     #[test]
     fn changes_before_access_was_granted_are_counted_too() {
         let (mut socket, queue) = hocuspocus(Access::Write);
-        socket.begin(Bytes::from_static(&[0]), 2);
+        socket.begin(Bytes::from_static(&[0]), 3);
         socket.take_update(UpdateKind::Step2, &update(1), true);
         socket.receipted(1, &seconds());
         assert_eq!(std::iter::from_fn(|| queue.try_take()).count(), 3);
@@ -1349,7 +1349,7 @@ mod tests {
             hocuspocus::sync_status("notes", Status::Saved),
             hocuspocus::sync_status("notes", Status::Refused),
         );
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         assert_eq!(
             socket.take_update(UpdateKind::Step2, &Bytes::from_static(&NO_EDITS), true),
             Some(1)
