@@ -40,9 +40,11 @@ mod damage;
 mod meter;
 mod preload;
 mod snapshot;
+mod tally;
 
 use meter::{Counts, Meter};
 use preload::Preloads;
+use tally::Tally;
 
 pub use meter::Load;
 
@@ -689,6 +691,7 @@ impl Host {
             failovers: self.documents.store.failovers().seen,
             room_epoch,
             document,
+            tally: Tally::default(),
             edges: BTreeMap::new(),
             log_reply,
             log_events,
@@ -828,6 +831,7 @@ struct Owned {
     failovers: u64,
     room_epoch: RoomEpoch,
     document: Document,
+    tally: Tally,
     edges: BTreeMap<EdgeId, EdgeSender>,
     log_reply: queue::Sender<LogEvent>,
     log_events: queue::Receiver<LogEvent>,
@@ -852,7 +856,9 @@ struct Snapshotted {
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        self.documents.metrics.documents_open.dec();
+        let metrics = &self.documents.metrics;
+        metrics.documents_open.dec();
+        self.tally.replace(Tally::default(), metrics);
     }
 }
 
@@ -1234,6 +1240,8 @@ impl Owned {
         self.counts
             .connections
             .store(connections, std::sync::atomic::Ordering::Relaxed);
+        self.tally
+            .replace(Tally::of(&self.document), &self.documents.metrics);
         if std::mem::take(&mut self.presence_changed) {
             self.documents
                 .bus

@@ -19,6 +19,16 @@ pub struct Metrics {
     pub documents_open: IntGauge,
     /// Documents that are read-only because their stored rows are damaged.
     pub documents_degraded: IntGauge,
+    /// Memory of the open documents, in bytes, estimated.
+    pub documents_memory: IntGauge,
+    /// Clocks of the open documents, when last counted.
+    pub documents_clocks: IntGauge,
+    /// Those of them that are deleted.
+    pub documents_deleted_clocks: IntGauge,
+    /// Bytes of the newest snapshots of the open documents.
+    pub documents_snapshot_bytes: IntGauge,
+    /// Bytes of the updates after them.
+    pub documents_log_bytes: IntGauge,
     /// Slots owned here.
     pub slots_owned: IntGauge,
     /// Slots whose handoff from here is under way.
@@ -112,6 +122,26 @@ impl Metrics {
             documents_degraded: gauge(
                 "collab_documents_degraded",
                 "Documents of which only a part is served, read-only, because their stored rows are damaged.",
+            ),
+            documents_memory: gauge(
+                "collab_documents_memory_bytes",
+                "Memory of the open documents, estimated.",
+            ),
+            documents_clocks: gauge(
+                "collab_documents_clocks",
+                "Characters and values that were ever written into the open documents, when last counted.",
+            ),
+            documents_deleted_clocks: gauge(
+                "collab_documents_deleted_clocks",
+                "Those of them that were deleted since: tombstones.",
+            ),
+            documents_snapshot_bytes: gauge(
+                "collab_documents_snapshot_bytes",
+                "Bytes of the newest snapshots of the open documents.",
+            ),
+            documents_log_bytes: gauge(
+                "collab_documents_log_bytes",
+                "Bytes of the updates after these snapshots: history that the next snapshots take the place of.",
             ),
             slots_owned: gauge("collab_slots_owned", "Slots owned by this node."),
             slots_moving: gauge(

@@ -216,6 +216,7 @@ pub struct Document {
     waiting: VecDeque<Waiting>,
     past: Past,
     size: Size,
+    stored: StoredBytes,
     /// Positions and sizes of the updates that are not committed.
     uncommitted: VecDeque<(Seq, usize)>,
     uncommitted_bytes: usize,
@@ -224,6 +225,15 @@ pub struct Document {
     taking: Taking,
     /// An update failed half-way: what is in memory is not to be used any more.
     is_broken: bool,
+}
+
+/// What a document takes in the store, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoredBytes {
+    /// The newest snapshot.
+    pub snapshot: usize,
+    /// The updates after it, which a new snapshot takes the place of.
+    pub log: usize,
 }
 
 /// Which updates are taken.
@@ -306,6 +316,7 @@ impl Document {
             waiting: VecDeque::new(),
             past: Past::new(from, state),
             size: Size::default(),
+            stored: StoredBytes::default(),
             uncommitted: VecDeque::new(),
             uncommitted_bytes: 0,
             intake: Intake::Open,
@@ -316,6 +327,7 @@ impl Document {
         if let Some((_, bytes)) = snapshot {
             let whole = document.replay(Seq(0), bytes)?;
             document.size = Size::of(whole, bytes.len());
+            document.stored.snapshot = bytes.len();
         }
         let skipped = usize::from(Mutant::RowSkippedOnLoad.is_active());
         for (seq, bytes) in &log[..log.len().saturating_sub(skipped)] {
@@ -344,6 +356,7 @@ impl Document {
     fn replay_row(&mut self, seq: Seq, bytes: &[u8]) -> Result<(), OpenError> {
         let added = self.replay(seq, bytes)?;
         self.size.add(&added, bytes.len(), added.delete_ranges);
+        self.stored.log += bytes.len();
         self.past.push(seq, bytes);
         Ok(())
     }
@@ -432,10 +445,15 @@ impl Document {
     pub fn set_snapshot(&mut self, seq: Seq, state: Bytes, whole: Summary) {
         self.snapshot = self.snapshot.max(seq);
         self.size = Size::of(whole, state.len());
+        self.stored = StoredBytes {
+            snapshot: state.len(),
+            log: 0,
+        };
         for (_, update) in self.past.after(seq) {
             if let Ok(scan) = scan::scan_stored(update) {
                 let added = scan.summary();
                 self.size.add(added, update.len(), added.delete_ranges);
+                self.stored.log += update.len();
             }
         }
         self.past.begin_with(Whole::new(seq, state));
@@ -444,6 +462,11 @@ impl Document {
     /// Bytes of memory that it takes, estimated; too much rather than too little between two snapshots.
     pub fn memory(&self) -> u64 {
         self.size.memory()
+    }
+
+    /// What it takes in the store.
+    pub const fn stored(&self) -> StoredBytes {
+        self.stored
     }
 
     /// What is in it, when it was last counted: at its opening, and with each snapshot.
@@ -903,6 +926,7 @@ impl Document {
         self.assigned = self.assigned.next();
         let seq = self.assigned;
         self.past.push(seq, &update);
+        self.stored.log += update.len();
         self.uncommitted.push_back((seq, update.len()));
         self.uncommitted_bytes += update.len();
         let fan_out = Effect::FanOut {
