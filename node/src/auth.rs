@@ -189,7 +189,9 @@ impl Claims {
 
     /// How long the token is accepted still; `None`: for ever.
     pub fn time_left(&self) -> Option<Duration> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let leeway = Duration::from_secs(LEEWAY_SECONDS);
         let left = self.exp? + leeway.as_secs_f64() - now.as_secs_f64();
         Some(Duration::try_from_secs_f64(left).unwrap_or_default())

@@ -17,6 +17,10 @@ pub struct Metrics {
     pub connections_refused: IntCounterVec,
     /// Documents open at their owner here.
     pub documents_open: IntGauge,
+    /// Documents that were closed, by reason.
+    pub documents_unloaded: IntCounterVec,
+    /// Openings refused because there was no memory.
+    pub documents_refused: IntCounter,
     /// Documents that are read-only because their stored rows are damaged.
     pub documents_degraded: IntGauge,
     /// Memory of the open documents, in bytes, estimated.
@@ -118,6 +122,15 @@ impl Metrics {
             documents_open: gauge(
                 "collab_documents_open",
                 "Documents open at their owner here.",
+            ),
+            documents_unloaded: counters(
+                "collab_documents_unloaded_total",
+                "Documents closed because nobody had them open, by reason.",
+                "reason",
+            ),
+            documents_refused: counter(
+                "collab_documents_refused_total",
+                "Documents that were not opened because there was no memory for them.",
             ),
             documents_degraded: gauge(
                 "collab_documents_degraded",
@@ -255,6 +268,9 @@ impl Metrics {
         }
         for reason in ["node", "address"] {
             metrics.connections_refused.with_label_values(&[reason]);
+        }
+        for reason in ["unused", "memory"] {
+            metrics.documents_unloaded.with_label_values(&[reason]);
         }
         for result in ["moved", "failed"] {
             metrics.handoffs.with_label_values(&[result]);

@@ -19,8 +19,9 @@ use yrs::{ReadTxn, StateVector, Transact, Update};
 
 use crate::ids::{ConnectionId, Epoch, Seq};
 use crate::limits::{
-    AWARENESS_EXPIRY, DOCUMENT_MEMORY_MAX, LARGE_STATE_BYTES, PRESENCE_PER_CONNECTION_MAX, TAIL_UPDATES_MAX,
-    UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX, UNSAVED_BYTES_MAX, UNSAVED_UPDATES_MAX,
+    AWARENESS_EXPIRY, DOCUMENT_MEMORY_MAX, LARGE_STATE_BYTES, PRESENCE_PER_CONNECTION_MAX,
+    TAIL_UPDATES_MAX, UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX, UNSAVED_BYTES_MAX,
+    UNSAVED_UPDATES_MAX,
 };
 use crate::mutants::Mutant;
 use crate::replica::{Applied, Replica};
@@ -968,10 +969,7 @@ impl Document {
                 effects
             }
             Admission::NothingNew => Vec::new(),
-            Admission::Gap
-            | Admission::Full
-            | Admission::Conflict(_)
-            | Admission::Invalid(_) => {
+            Admission::Gap | Admission::Full | Admission::Conflict(_) | Admission::Invalid(_) => {
                 vec![Effect::NotAdmitted { reason: "invalid" }]
             }
         }

@@ -176,6 +176,10 @@ pub const DRAIN_CLOSES_PER_SECOND: u32 = 200;
 pub const AWARENESS_EXPIRY: Duration = Duration::from_secs(30);
 /// A socket that got no frame for this long is sent an empty awareness message.
 pub const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
+/// Memory that is set aside for a document before it is known how large it is.
+pub const OPENING_BYTES: u64 = 64 * 1024;
+/// How long an opening waits until memory is freed; then it is refused.
+pub const MEMORY_WAIT: Duration = Duration::from_secs(2);
 /// An open document that nobody is attached to is closed after this time.
 pub const UNLOAD_AFTER: Duration = Duration::from_secs(30);
 
@@ -220,12 +224,10 @@ const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
 const _: () = assert!(GONE_AFTER.as_secs() + PULSE_EVERY.as_secs() < 40);
 const _: () = assert!(PING_AFTER.as_secs() + 3 * PULSE_EVERY.as_secs() <= GONE_AFTER.as_secs());
 // Whoever has all of a document may join it: neither what it lacks nor what it has is more than one message may say.
-const _: () = assert!(
-    (DOCUMENT_MEMORY_MAX + DOCUMENT_OVERDRAFT) / STRUCT_BYTES < UPDATE_DELETE_RANGES_MAX
-);
-const _: () = assert!(
-    (DOCUMENT_MEMORY_MAX + DOCUMENT_OVERDRAFT) / STRUCT_BYTES < STATE_VECTOR_CLIENTS_MAX
-);
+const _: () =
+    assert!((DOCUMENT_MEMORY_MAX + DOCUMENT_OVERDRAFT) / STRUCT_BYTES < UPDATE_DELETE_RANGES_MAX);
+const _: () =
+    assert!((DOCUMENT_MEMORY_MAX + DOCUMENT_OVERDRAFT) / STRUCT_BYTES < STATE_VECTOR_CLIENTS_MAX);
 // A single state of presence must pass at once.
 const _: () = assert!(AWARENESS_BYTES_MAX < PRESENCE_BYTES_BURST as usize);
 const _: () = assert!(SLOTS_MIN.is_power_of_two() && SLOTS_MAX.is_power_of_two());

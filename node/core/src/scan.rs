@@ -201,7 +201,11 @@ impl Summary {
     fn check_bounds(&self) -> Result<(), ScanError> {
         for (what, count, max) in [
             ("structs", self.structs, UPDATE_STRUCTS_MAX),
-            ("ranges of deletes", self.delete_ranges, UPDATE_DELETE_RANGES_MAX),
+            (
+                "ranges of deletes",
+                self.delete_ranges,
+                UPDATE_DELETE_RANGES_MAX,
+            ),
             ("values", self.values, UPDATE_VALUES_MAX),
             ("subdocuments", self.subdocuments, UPDATE_SUBDOCUMENTS_MAX),
         ] {

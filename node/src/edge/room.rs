@@ -178,6 +178,8 @@ pub(super) struct Room {
     /// Too much waits for its commit.
     paused: bool,
     empty_since: Instant,
+    /// The document was closed while there was no socket: it is opened again for the next.
+    resting: bool,
 }
 
 /// The channel to the owner.
@@ -317,6 +319,7 @@ impl Room {
             coming_read_only: None,
             paused: false,
             empty_since: Instant::now(),
+            resting: false,
         }
     }
 
@@ -325,7 +328,8 @@ impl Room {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if self.upstream.is_none() && self.retry_at <= Instant::now() {
+            let is_wanted = self.upstream.is_none() && !self.resting;
+            if is_wanted && self.retry_at <= Instant::now() {
                 self.attach();
             }
             let retry_at = self.retry_at;
@@ -340,7 +344,7 @@ impl Room {
                     None => return,
                 },
                 () = map.changed() => self.map_changed(),
-                () = sleep_until(retry_at), if self.upstream.is_none() => {}
+                () = sleep_until(retry_at), if is_wanted && self.upstream.is_none() => {}
                 _ = tick.tick() => {
                     self.keep_alive();
                     self.recent.clear();
@@ -412,6 +416,7 @@ impl Room {
     /// The channel is no more; what was sent on it and not receipted is in the clients, which will be asked.
     fn detach(&mut self, pause: Duration) {
         self.upstream = None;
+        self.resting = self.sockets.is_empty() && self.outlived.is_empty();
         self.catching_up = None;
         self.retry_at = Instant::now() + pause;
         self.edge.members.look_now();
@@ -534,6 +539,9 @@ impl Room {
                     RETRY_UNAVAILABLE
                 };
                 self.detach(pause);
+                if cause == Unavailable::Full {
+                    self.send_away(&reason);
+                }
                 if cause != Unavailable::Store {
                     self.deny(reason);
                 }
@@ -556,6 +564,15 @@ impl Room {
         self.tell_all(None, Told::Denied(&reason));
         self.denied = Some(reason);
         self.delivered = StateVector::default();
+    }
+
+    /// Closes the sockets that are for this document alone: their clients come back, maybe when there is room.
+    fn send_away(&mut self, reason: &str) {
+        for socket in self.sockets.values_mut() {
+            if !matches!(socket.family, Family::Hocuspocus { .. }) {
+                socket.kick(CLOSE_TRY_AGAIN, reason);
+            }
+        }
     }
 
     /// The document is there. Newcomers may get what is stored of it before it is open.
@@ -733,6 +750,7 @@ impl Room {
     }
 
     fn join(&mut self, mut socket: Socket) {
+        self.resting = false;
         if let Some(reason) = self.full_for(&socket.visitor) {
             socket.kick(CLOSE_TRY_AGAIN, reason);
             return;
