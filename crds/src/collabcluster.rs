@@ -182,6 +182,12 @@ pub struct NodesSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ResourceRequirements>,
 
+    /// Memory in MiB that a node's open documents may take, as estimated from what is in them. Beyond it those that nobody has
+    /// open are unloaded, and then no more are opened. Default: four fifths of the container's limit are for everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_048_576))]
+    pub memory_budget_mib: Option<i32>,
+
     /// Time in seconds that a node has to hand over its slots and to close its sockets.
     #[serde(default = "NodesSpec::default_grace")]
     #[schemars(range(min = 30, max = 600))]
@@ -216,6 +222,7 @@ impl Default for NodesSpec {
         Self {
             replicas: Self::default_replicas(),
             resources: None,
+            memory_budget_mib: None,
             termination_grace_period_seconds: Self::default_grace(),
             node_selector: None,
             tolerations: None,

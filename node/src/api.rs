@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use serde::Serialize;
@@ -45,6 +45,9 @@ fn described() -> OpenApiRouter<Arc<App>> {
         .merge(y_sweet::router())
 }
 
+/// When there may be room again.
+const RETRY_AFTER_SECONDS: &str = "5";
+
 /// Every failure of the API as clients see it.
 #[derive(Debug)]
 pub enum ApiError {
@@ -58,6 +61,8 @@ pub enum ApiError {
     Conflict(String),
     /// 503: try again.
     Unavailable(String),
+    /// 503 with `Retry-After`: there is no room now.
+    Full(String),
 }
 
 /// The body of an error.
@@ -78,6 +83,11 @@ impl IntoResponse for ApiError {
             Self::Absent(error) => (StatusCode::NOT_FOUND, error),
             Self::Conflict(error) => (StatusCode::CONFLICT, error),
             Self::Unavailable(error) => (StatusCode::SERVICE_UNAVAILABLE, error),
+            Self::Full(error) => {
+                let after = [(header::RETRY_AFTER, RETRY_AFTER_SECONDS)];
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                return (status, after, Json(ErrorBody { error })).into_response();
+            }
         };
         (status, Json(ErrorBody { error })).into_response()
     }
@@ -95,6 +105,7 @@ impl From<ApplyError> for ApiError {
             ApplyError::Invalid(reason) => Self::Bad(reason),
             ApplyError::Gap { .. } => Self::Conflict(error.to_string()),
             ApplyError::Denied(reason) => Self::Unavailable(reason),
+            ApplyError::Full(reason) => Self::Full(reason),
             ApplyError::Unknown => Self::Unavailable(error.to_string()),
         }
     }
@@ -110,6 +121,7 @@ impl From<AskError> for ApiError {
     fn from(error: AskError) -> Self {
         match &error {
             AskError::Absent(_) => Self::Absent(error.to_string()),
+            AskError::Full(_) => Self::Full(error.to_string()),
             AskError::Moved(_) | AskError::Unavailable { .. } => {
                 Self::Unavailable(error.to_string())
             }

@@ -1,6 +1,6 @@
 //! Who a client is: tokens (JWT, RFC 7519) signed with a shared secret (HS256).
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::HeaderMap;
 use collab_core::ids::DocumentId;
@@ -189,11 +189,11 @@ impl Claims {
 
     /// How long the token is accepted still; `None`: for ever.
     pub fn time_left(&self) -> Option<Duration> {
-        #[expect(
-            clippy::cast_precision_loss,
-            reason = "seconds, and not to the last one"
-        )]
-        let left = self.exp? - jsonwebtoken::get_current_timestamp() as f64 + LEEWAY_SECONDS as f64;
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let leeway = Duration::from_secs(LEEWAY_SECONDS);
+        let left = self.exp? + leeway.as_secs_f64() - now.as_secs_f64();
         Some(Duration::try_from_secs_f64(left).unwrap_or_default())
     }
 

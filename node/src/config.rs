@@ -95,6 +95,10 @@ pub struct Flags {
     /// Connections from one address; behind a proxy all have the address of the proxy [default: no limit].
     #[arg(long, env = "COLLAB_CONNECTIONS_PER_ADDRESS_MAX")]
     pub connections_per_address_max: Option<usize>,
+    /// Memory for open documents in MiB, as estimated from what is in them; beyond it those that nobody has open are
+    /// unloaded, and then no more are opened [default: no limit but that of the container].
+    #[arg(long, env = "COLLAB_MEMORY_BUDGET_MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub memory_budget_mib: Option<u32>,
     /// Serve without authentication beyond loopback: anyone who reaches the address reads and writes every document.
     #[arg(long, env = "COLLAB_INSECURE_NO_AUTH")]
     pub insecure_no_auth: bool,
@@ -133,6 +137,8 @@ pub struct Config {
     pub origins: Origins,
     /// How many connections of clients there may be.
     pub places: Places,
+    /// Memory for open documents in bytes, if it is limited.
+    pub memory_budget: Option<u64>,
     /// Where documents are stored.
     pub storage: Storage,
     /// URL of Redis, if any.
@@ -276,6 +282,7 @@ impl Flags {
                 max: self.connections_max,
                 per_address_max: self.connections_per_address_max,
             },
+            memory_budget: self.memory_budget_mib.map(|mib| u64::from(mib) << 20),
             storage,
             redis: (!redis.is_empty() && redis != "none").then_some(redis),
             auth_secret,

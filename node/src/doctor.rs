@@ -19,7 +19,7 @@ use clap::{Args, Subcommand};
 use collab_core::document::Document;
 use collab_core::ids::{DocumentId, Epoch, NodeId, Seq};
 use collab_core::ring::slot_of;
-use collab_core::scan::scan_update;
+use collab_core::scan::scan_stored;
 use uuid::Uuid;
 
 use crate::config::Storage;
@@ -399,7 +399,7 @@ impl Round {
 
     /// Merges an update into a document.
     async fn add(&mut self, id: &DocumentId, update: &Bytes) -> anyhow::Result<&'static str> {
-        scan_update(update)?;
+        scan_stored(update)?;
         let held = self.hold(id).await?;
         let added = self.add_held(id, update, &held).await;
         self.give_back(held).await;

@@ -17,18 +17,20 @@ use bytes::Bytes;
 use collab_core::document::{Document, EdgeId, Effect, Input, NO_CLOCKS, OpenError, Peer};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Seq, Slot};
 use collab_core::limits::{
-    LARGE_STATE_BYTES, SNAPSHOT_AFTER_UPDATES, SNAPSHOT_URGENT_UPDATES, UNLOAD_AFTER,
+    LARGE_STATE_BYTES, MEMORY_WAIT, OPENING_BYTES, SNAPSHOT_AFTER_UPDATES, SNAPSHOT_URGENT_UPDATES,
+    UNLOAD_AFTER,
 };
 use collab_core::mutants::Mutant;
+use collab_core::scan::Summary;
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use crate::bus::{Bus, CachedSnapshot};
 use crate::log::{Log, LogEvent};
 use crate::members::Members;
-use crate::memory::Memory;
+use crate::memory::{Memory, Share};
 use crate::metrics::Metrics;
 use crate::queue;
 use crate::store::{
@@ -41,14 +43,20 @@ mod damage;
 mod meter;
 mod preload;
 mod snapshot;
+mod tally;
+mod unload;
 
 use meter::{Counts, Meter};
 use preload::Preloads;
+use tally::Tally;
+use unload::Idle;
 
 pub use meter::Load;
 
 /// How long a node waits for the map to show it as the owner before it says that it is not.
 const OWNERSHIP_WAIT: Duration = Duration::from_millis(500);
+/// Between two looks whether memory was freed.
+const MEMORY_RETRY: Duration = Duration::from_millis(20);
 /// Between two tries to load a document from a store that does not answer.
 const LOAD_RETRY: Duration = Duration::from_millis(200);
 /// An append that takes longer says that the store is away.
@@ -141,6 +149,9 @@ pub enum AskError {
     /// Another node owns it; ask there.
     #[error("document {0} has moved; try again")]
     Moved(DocumentId),
+    /// Its node has no memory left for it.
+    #[error("{NO_MEMORY}: document {0}")]
+    Full(DocumentId),
     /// It cannot be served.
     #[error("document {document} cannot be served: {reason}")]
     Unavailable {
@@ -150,6 +161,9 @@ pub enum AskError {
         reason: String,
     },
 }
+
+/// Why a document is not opened, for people.
+const NO_MEMORY: &str = "its node has no memory left for another document; try again later";
 
 /// Where an answer goes.
 type Reply = oneshot::Sender<Result<Answer, AskError>>;
@@ -164,6 +178,8 @@ enum ToDocument {
     Freeze(oneshot::Sender<()>),
     Thaw,
     Release(Epoch),
+    /// Memory is short: leave, if nobody needs it.
+    Unload,
 }
 
 /// The documents that this node owns and has open.
@@ -172,7 +188,10 @@ pub struct Documents {
     members: Arc<Members>,
     log: Log,
     bus: Arc<dyn Bus>,
-    memory: Memory,
+    memory: Arc<Memory>,
+    /// Somebody waits for memory.
+    memory_wanted: Notify,
+    waiting_for_memory: AtomicU64,
     metrics: Metrics,
     tasks: Tasks,
     open: Mutex<Open>,
@@ -223,7 +242,9 @@ impl Documents {
             members,
             log,
             bus,
-            memory,
+            memory: Arc::new(memory),
+            memory_wanted: Notify::new(),
+            waiting_for_memory: AtomicU64::new(0),
             metrics,
             tasks,
             open: Mutex::default(),
@@ -354,13 +375,14 @@ impl Documents {
         self.tasks.spawn(async move {
             let Documents {
                 preloads,
+                memory,
                 tasks,
                 store,
                 bus,
                 ..
             } = documents.as_ref();
             preloads
-                .read(tasks, store.as_ref(), bus.as_ref(), &document)
+                .read(memory, tasks, store.as_ref(), bus.as_ref(), &document)
                 .await;
             done();
         });
@@ -474,6 +496,32 @@ impl Documents {
         task
     }
 
+    /// Waits until there is memory for a document.
+    async fn take_memory(&self, document: &DocumentId) -> Option<Share> {
+        if let Some(share) = self.memory.take() {
+            return Some(share);
+        }
+        if self.open().rescued.contains_key(document) {
+            return Some(self.memory.take_anyway(OPENING_BYTES));
+        }
+        self.waiting_for_memory.fetch_add(1, Ordering::Relaxed);
+        let taken = timeout(MEMORY_WAIT, async {
+            loop {
+                self.memory_wanted.notify_one();
+                sleep(MEMORY_RETRY).await;
+                if let Some(share) = self.memory.take() {
+                    return share;
+                }
+            }
+        });
+        let taken = taken.await.ok();
+        self.waiting_for_memory.fetch_sub(1, Ordering::Relaxed);
+        if taken.is_none() {
+            self.metrics.documents_refused.inc();
+        }
+        taken
+    }
+
     fn open(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -542,13 +590,12 @@ impl Host {
     /// Waits to be the owner, loads, and creates the document if it is to be.
     async fn open(&mut self, missing: Missing) -> Result<Box<Owned>, End> {
         let documents = self.documents.clone();
+        // Who asks the wrong node is told so, whatever its memory.
+        self.wait_for_ownership().await?;
+        let Some(mut share) = documents.take_memory(&self.document).await else {
+            return Err(End::Unavailable(Unavailable::Full, NO_MEMORY.to_owned()));
+        };
         loop {
-            if documents.memory.is_short() {
-                return Err(End::Unavailable(
-                    Unavailable::Store,
-                    "its node is short of memory; try again".to_owned(),
-                ));
-            }
             let ownership = self.wait_for_ownership().await?;
             let preloaded = documents.preloads.finish(
                 &documents.tasks,
@@ -568,8 +615,8 @@ impl Host {
                     continue;
                 }
             }
-            if let Some((document, room_epoch)) = preloaded {
-                return Ok(self.owned(document, ownership, room_epoch, "preload"));
+            if let Some((document, share, room_epoch)) = preloaded {
+                return Ok(self.owned(document, share, ownership, room_epoch, "preload"));
             }
             match load(
                 documents.store.as_ref(),
@@ -580,9 +627,11 @@ impl Host {
             {
                 Ok(Loaded::Live(content)) => {
                     let room_epoch = content.room_epoch;
+                    // At least as much; it is known when it is built.
+                    share.set(OPENING_BYTES.max(2 * content.bytes() as u64));
                     return Ok(match self.build(&content, ownership.epoch).await {
-                        Ok(document) => self.owned(document, ownership, room_epoch, "store"),
-                        Err(reason) => self.degraded(content, ownership, reason).await,
+                        Ok(document) => self.owned(document, share, ownership, room_epoch, "store"),
+                        Err(reason) => self.degraded(content, share, ownership, reason).await,
                     });
                 }
                 Ok(Loaded::Deleted) => {
@@ -607,7 +656,7 @@ impl Host {
                     reason, seq, good, ..
                 }) => {
                     let reason = format!("at seq {seq}: {reason}");
-                    return Ok(self.degraded(*good, ownership, reason).await);
+                    return Ok(self.degraded(*good, share, ownership, reason).await);
                 }
                 Err(LoadError::Store(error)) => self.store_failed(&error).await,
             }
@@ -672,6 +721,7 @@ impl Host {
     fn owned(
         &self,
         document: Document,
+        share: Share,
         ownership: Ownership,
         room_epoch: RoomEpoch,
         from: &'static str,
@@ -684,7 +734,7 @@ impl Host {
         });
         let (log_reply, log_events) = queue::unbounded();
         // A future has room for each place that it passes through.
-        Box::new(Owned {
+        let mut owned = Box::new(Owned {
             documents: self.documents.clone(),
             name: self.document.clone(),
             id: self.id,
@@ -693,6 +743,8 @@ impl Host {
             failovers: self.documents.store.failovers().seen,
             room_epoch,
             document,
+            share,
+            tally: Tally::default(),
             edges: BTreeMap::new(),
             log_reply,
             log_events,
@@ -701,10 +753,13 @@ impl Host {
             snapshot_begun: None,
             presence_changed: false,
             idle_since: Instant::now(),
+            used_at: Instant::now(),
             unsettled_since: None,
             opened_at: Instant::now(),
             damage: None,
-        })
+        });
+        owned.weigh();
+        owned
     }
 
     async fn wait_for_ownership(&self) -> Result<Ownership, End> {
@@ -735,13 +790,19 @@ impl Host {
     }
 
     /// Opens the good part of a damaged document, to be read only.
-    async fn degraded(&self, content: Content, ownership: Ownership, reason: String) -> Box<Owned> {
+    async fn degraded(
+        &self,
+        content: Content,
+        share: Share,
+        ownership: Ownership,
+        reason: String,
+    ) -> Box<Owned> {
         tracing::error!(document.id = %self.document, reason, "the stored document is damaged; its good part is served read-only");
         let room_epoch = content.room_epoch;
         let good_part = move || damage::good_part(ownership.epoch, &content);
         let good_part = self.documents.tasks.compute(good_part).await;
         let document = good_part.expect("what panics inside is caught there");
-        let mut owned = self.owned(document, ownership, room_epoch, "store");
+        let mut owned = self.owned(document, share, ownership, room_epoch, "store");
         owned.damage = Some(format!("the stored document is damaged: {reason}"));
         self.documents.set_degraded(|degraded| {
             degraded.insert(self.document.clone());
@@ -773,7 +834,10 @@ impl Host {
                 }
                 ToDocument::Ask(_, reply) | ToDocument::Delete(reply) => questions.push(reply),
                 ToDocument::Freeze(settled) => drop(settled),
-                ToDocument::FromEdge(..) | ToDocument::Thaw | ToDocument::Release(_) => {}
+                ToDocument::FromEdge(..)
+                | ToDocument::Thaw
+                | ToDocument::Release(_)
+                | ToDocument::Unload => {}
             }
         }
         let in_slot = self.documents.members.slot_of(&self.document);
@@ -800,6 +864,11 @@ impl Host {
                     reason,
                 };
                 (message, AskError::Absent(self.document.clone()))
+            }
+            End::Unavailable(Unavailable::Full, reason) => {
+                let cause = Unavailable::Full;
+                let message = ToEdge::Unavailable { cause, reason };
+                (message, AskError::Full(self.document.clone()))
             }
             End::Unavailable(cause, reason) => {
                 let error = AskError::Unavailable {
@@ -833,16 +902,22 @@ struct Owned {
     failovers: u64,
     room_epoch: RoomEpoch,
     document: Document,
+    /// Of the node's memory.
+    share: Share,
+    tally: Tally,
     edges: BTreeMap<EdgeId, EdgeSender>,
     log_reply: queue::Sender<LogEvent>,
     log_events: queue::Receiver<LogEvent>,
     /// Answers that wait until what they show is durable.
     waiting: Vec<(Seq, Reply, Answer)>,
-    snapshot_running: Option<oneshot::Receiver<Option<(Seq, Bytes)>>>,
+    snapshot_running: Option<oneshot::Receiver<Option<Snapshotted>>>,
     /// The last one.
     snapshot_begun: Option<Instant>,
     presence_changed: bool,
+    /// Since when no edge is attached.
     idle_since: Instant,
+    /// When somebody last came, asked or left.
+    used_at: Instant,
     /// When an update began to wait for the log, or the last commit if more wait.
     unsettled_since: Option<Instant>,
     opened_at: Instant,
@@ -850,9 +925,18 @@ struct Owned {
     damage: Option<String>,
 }
 
+/// A snapshot that is stored.
+struct Snapshotted {
+    seq: Seq,
+    state: Bytes,
+    whole: Summary,
+}
+
 impl Drop for Owned {
     fn drop(&mut self) {
-        self.documents.metrics.documents_open.dec();
+        let metrics = &self.documents.metrics;
+        metrics.documents_open.dec();
+        self.tally.replace(Tally::default(), metrics);
     }
 }
 
@@ -876,8 +960,8 @@ impl Owned {
                     if self.snapshot_running.is_some() =>
                 {
                     self.snapshot_running = None;
-                    if let Ok(Some((seq, state))) = stored {
-                        self.document.set_snapshot(seq, state);
+                    if let Ok(Some(Snapshotted { seq, state, whole })) = stored {
+                        self.document.set_snapshot(seq, state, whole);
                     }
                     None
                 }
@@ -921,6 +1005,7 @@ impl Owned {
                     Box::pin(self.frozen(inputs, settled, backlog)).await
                 }
                 ToDocument::Delete(reply) => Box::pin(self.delete(reply)).await,
+                ToDocument::Unload => self.unload(inputs),
                 message => self.take(message),
             };
             if end.is_some() || count == INPUTS_PER_TURN || self.must_settle() {
@@ -954,31 +1039,38 @@ impl Owned {
                     sender.send(ToEdge::ReadOnly { reason });
                 }
                 self.edges.insert(edge, sender);
-                self.handle(Input::Attach { edge, since })
+                let end = self.handle(Input::Attach { edge, since });
+                self.used();
+                end
             }
             ToDocument::Detach(edge) => {
                 self.edges.remove(&edge);
                 self.presence_changed = true;
                 let end = self.handle(Input::Detach { edge });
-                if self.document.is_idle() {
-                    self.idle_since = Instant::now();
-                }
+                self.used();
                 end
             }
             ToDocument::FromEdge(edge, message) => {
                 let input = self.input(edge, message)?;
-                self.handle(input)
+                let comes_or_goes = matches!(input, Input::Join { .. } | Input::Leave { .. });
+                let end = self.handle(input);
+                if comes_or_goes {
+                    self.used();
+                }
+                end
             }
             ToDocument::Ask(question, reply) => {
                 self.ask(&question, reply);
+                self.used();
                 None
             }
             ToDocument::Release(epoch) if self.ownership.epoch < epoch => Some(End::Moved(epoch)),
-            // Freezes and deletions are taken by the loop.
+            // The others are taken by the loop.
             ToDocument::Release(_)
             | ToDocument::Thaw
             | ToDocument::Freeze(_)
-            | ToDocument::Delete(_) => None,
+            | ToDocument::Delete(_)
+            | ToDocument::Unload => None,
         }
     }
 
@@ -1273,6 +1365,8 @@ impl Owned {
         self.counts
             .connections
             .store(connections, std::sync::atomic::Ordering::Relaxed);
+        self.weigh();
+        self.tell_idle();
         if std::mem::take(&mut self.presence_changed) {
             self.documents
                 .bus
@@ -1289,16 +1383,69 @@ impl Owned {
         if settled && SNAPSHOT_AFTER_UPDATES <= self.document.tail() {
             self.start_snapshot();
         }
-        let unused = self.document.is_idle()
-            && (UNLOAD_AFTER <= self.idle_since.elapsed() || self.documents.memory.is_short());
+        let unused = self.document.is_idle() && UNLOAD_AFTER <= self.idle_since.elapsed();
         if unused && settled && self.snapshot_running.is_none() {
             if 0 < self.document.tail() {
                 self.start_snapshot();
             } else if self.leave_table(inputs) {
+                self.count_unloaded("unused");
                 return Some(End::Unused);
             }
         }
         end
+    }
+
+    /// Leaves at once if nobody has the document open and all of it is durable. There is no time for a snapshot: the log has the
+    /// rest.
+    fn unload(&self, inputs: &queue::Receiver<ToDocument>) -> Option<End> {
+        let failovers = self.documents.store.failovers();
+        let may_leave = self.has_no_use()
+            && self.snapshot_running.is_none()
+            // The others learn first that nobody is there any more.
+            && !self.presence_changed
+            // The database may have lost what memory holds.
+            && self.failovers == failovers.seen
+            && !failovers.is_pending()
+            && self.leave_table(inputs);
+        may_leave.then(|| {
+            self.count_unloaded("memory");
+            End::Unused
+        })
+    }
+
+    fn count_unloaded(&self, reason: &str) {
+        let unloaded = &self.documents.metrics.documents_unloaded;
+        unloaded.with_label_values(&[reason]).inc();
+    }
+
+    /// Tells what memory the document takes, and what else is counted.
+    fn weigh(&mut self) {
+        self.share.set(self.document.memory());
+        self.tally
+            .replace(Tally::of(&self.document), &self.documents.metrics);
+    }
+
+    /// Nobody has it open, and all of it is durable. Edges stay a while after their last socket, in case it comes back; they
+    /// do not count.
+    fn has_no_use(&self) -> bool {
+        self.document.connections() == 0 && self.document.is_settled()
+    }
+
+    fn used(&mut self) {
+        self.used_at = Instant::now();
+        if self.document.is_idle() {
+            self.idle_since = self.used_at;
+        }
+        self.tell_idle();
+    }
+
+    /// Tells whether the document may leave when memory is short.
+    fn tell_idle(&self) {
+        let idle = self.has_no_use().then(|| Idle {
+            since: self.used_at.duration_since(self.documents.started),
+            memory: self.share.bytes(),
+        });
+        self.counts.set_idle(idle);
     }
 
     /// An append has been on its way for longer than appends take.
@@ -1337,7 +1484,7 @@ impl Owned {
             },
             bytes: self.document.whole_state(),
         };
-        let state = snapshot.bytes.clone();
+        let (seq, state) = (snapshot.seq, snapshot.bytes.clone());
         let (done, running) = oneshot::channel();
         self.snapshot_running = Some(running);
         self.snapshot_begun = Some(Instant::now());
@@ -1351,7 +1498,7 @@ impl Owned {
                 snapshot,
             )
             .await;
-            let _ = done.send(stored.map(|seq| (seq, state)));
+            let _ = done.send(stored.map(|whole| Snapshotted { seq, state, whole }));
         });
     }
 

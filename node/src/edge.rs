@@ -279,9 +279,16 @@ impl Edge {
         let mut looks = interval(PULSE_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let close = 'serve: loop {
+            let now = Instant::now();
+            // Before what has come meanwhile: rights may end now.
+            if client.wakes_at().is_some_and(|at| at <= now)
+                && let Some(close) = client.woken()
+            {
+                break 'serve close;
+            }
             let wakes_at = client.wakes_at();
             let even_at = pace.even_at();
-            let is_read = 0 < credit.available_permits() && even_at <= Instant::now();
+            let is_read = 0 < credit.available_permits() && even_at <= now;
             tokio::select! {
                 biased;
                 close = &mut closed => {
@@ -345,11 +352,7 @@ impl Edge {
                 // The room gives credit back; look again.
                 _ = credit.acquire(), if credit.available_permits() == 0 => {}
                 () = sleep_until(even_at), if !is_read && 0 < credit.available_permits() => {}
-                () = sleep_until(wakes_at.unwrap_or_else(Instant::now)), if wakes_at.is_some() => {
-                    if let Some(close) = client.woken() {
-                        break close;
-                    }
-                }
+                () = sleep_until(wakes_at.unwrap_or(now)), if wakes_at.is_some() => {}
             }
         };
         let Close { code, mut reason } = close;

@@ -1,13 +1,16 @@
-//! How much of its memory this process has used up, by the limit of its cgroup.
+//! How much memory is left for documents: by the node's budget for them, and by the limit of this process's cgroup.
 //!
-//! Beyond the limit the kernel ends the process and with it every document. So a node that is short of memory
-//! opens no more documents until others were closed: whoever asks for one waits, and nobody else notices.
+//! Beyond the limit the kernel ends the process and with it every document. So a node that is short of memory unloads
+//! documents that nobody has open, and opens no more until it has: whoever asks for one waits, and nobody else notices. The
+//! budget counts what documents take by the estimate of `collab_core::document`; the cgroup counts everything.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use collab_core::limits::OPENING_BYTES;
 use tokio::time::Instant;
 
 /// Memory is short from this share of the limit on, in percent.
@@ -19,15 +22,21 @@ const FRESH: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct Memory {
     usage: fn() -> Option<Usage>,
-    known: Mutex<Option<(Instant, bool)>>,
+    known: Mutex<Option<(Instant, u64)>>,
+    /// Bytes for all documents.
+    budget: Option<u64>,
+    /// Bytes of the shares that were given out.
+    taken: AtomicU64,
 }
 
 impl Memory {
-    /// What the system says of this process.
-    pub const fn of_this_process() -> Self {
+    /// What the system says of this process, and a budget for documents in bytes.
+    pub const fn of_this_process(budget: Option<u64>) -> Self {
         Self {
             usage,
             known: Mutex::new(None),
+            budget,
+            taken: AtomicU64::new(0),
         }
     }
 
@@ -36,21 +45,90 @@ impl Memory {
         Self {
             usage: || None,
             known: Mutex::new(None),
+            budget: None,
+            taken: AtomicU64::new(0),
         }
     }
 
-    /// Whether so little is left that no document should be opened. Never where there is no limit. Reads a few small files, at
-    /// most every 50 ms.
-    pub fn is_short(&self) -> bool {
+    /// Sets room aside for one more document; `None` if there is none. A single document is never too large for a budget,
+    /// or nobody could open it anywhere.
+    pub fn take(self: &Arc<Self>) -> Option<Share> {
+        if 0 < self.short_by_system() {
+            return None;
+        }
+        let budget = self.budget.unwrap_or(u64::MAX);
+        let taken = |taken: u64| {
+            let more = taken + OPENING_BYTES;
+            (taken == 0 || more <= budget).then_some(more)
+        };
+        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+        self.taken.fetch_update(set, fetch, taken).ok()?;
+        Some(Share {
+            memory: self.clone(),
+            bytes: OPENING_BYTES,
+        })
+    }
+
+    /// Takes room whether there is any or not.
+    pub fn take_anyway(self: &Arc<Self>, bytes: u64) -> Share {
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
+        Share {
+            memory: self.clone(),
+            bytes,
+        }
+    }
+
+    /// Bytes that have to be freed before there is room for so many more documents; 0: there is. Reads a few small files, at most
+    /// every 50 ms.
+    pub fn short_of(&self, documents: u64) -> u64 {
+        let wanted = self.taken.load(Ordering::Relaxed) + documents * OPENING_BYTES;
+        let over = self
+            .budget
+            .map_or(0, |budget| wanted.saturating_sub(budget));
+        over.max(self.short_by_system())
+    }
+
+    fn short_by_system(&self) -> u64 {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, short)) = *known
             && at.elapsed() < FRESH
         {
             return short;
         }
-        let short = (self.usage)().is_some_and(Usage::is_short);
+        let short = (self.usage)().map_or(0, Usage::short);
         *known = Some((Instant::now(), short));
         short
+    }
+}
+
+/// What a document takes of the memory. Dropping it gives it back.
+#[derive(Debug)]
+pub struct Share {
+    memory: Arc<Memory>,
+    bytes: u64,
+}
+
+impl Share {
+    /// What the document takes now.
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Makes it what the document takes now.
+    pub fn set(&mut self, bytes: u64) {
+        let taken = &self.memory.taken;
+        if self.bytes < bytes {
+            taken.fetch_add(bytes - self.bytes, Ordering::Relaxed);
+        } else {
+            taken.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
+        }
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.set(0);
     }
 }
 
@@ -62,8 +140,9 @@ struct Usage {
 }
 
 impl Usage {
-    const fn is_short(self) -> bool {
-        self.limit / 100 * SHORT_PERCENT <= self.used
+    /// Bytes too many.
+    const fn short(self) -> u64 {
+        (self.used + 1).saturating_sub(self.limit / 100 * SHORT_PERCENT)
     }
 }
 
@@ -151,16 +230,36 @@ mod tests {
 
     #[test]
     fn memory_is_short_from_four_fifths_on() {
-        let short = [79, 80, 101].map(|used| Usage { used, limit: 100 }.is_short());
-        assert_eq!(short, [false, true, true]);
+        let short = [79, 80, 101].map(|used| Usage { used, limit: 100 }.short());
+        assert_eq!(short, [0, 1, 22]);
         // What stands for no limit is not reached.
         let limit = 0x7FFF_FFFF_FFFF_F000;
-        assert!(
-            !Usage {
-                used: 1 << 40,
-                limit
-            }
-            .is_short()
-        );
+        let used = 1 << 40;
+        assert_eq!(Usage { used, limit }.short(), 0);
+    }
+
+    #[test]
+    fn a_budget_has_room_for_what_was_given_back() {
+        let memory = Arc::new(Memory {
+            budget: Some(2 * OPENING_BYTES),
+            ..Memory::unlimited()
+        });
+        let mut large = memory.take().unwrap();
+        let small = memory.take().unwrap();
+        assert!(memory.take().is_none());
+        assert_eq!((memory.short_of(0), memory.short_of(1)), (0, OPENING_BYTES));
+        drop(small);
+        large.set(100 * OPENING_BYTES);
+        assert!(memory.take().is_none());
+        assert_eq!(memory.short_of(0), 98 * OPENING_BYTES);
+        drop(large);
+        assert_eq!(memory.short_of(2), 0);
+        // One alone may take more than there is.
+        let tight = Arc::new(Memory {
+            budget: Some(1),
+            ..Memory::unlimited()
+        });
+        let first = tight.take();
+        assert!(first.is_some() && tight.take().is_none());
     }
 }

@@ -17,8 +17,22 @@ pub struct Metrics {
     pub connections_refused: IntCounterVec,
     /// Documents open at their owner here.
     pub documents_open: IntGauge,
+    /// Documents that were closed, by reason.
+    pub documents_unloaded: IntCounterVec,
+    /// Openings refused because there was no memory.
+    pub documents_refused: IntCounter,
     /// Documents that are read-only because their stored rows are damaged.
     pub documents_degraded: IntGauge,
+    /// Memory of the open documents, in bytes, estimated.
+    pub documents_memory: IntGauge,
+    /// Clocks of the open documents, when last counted.
+    pub documents_clocks: IntGauge,
+    /// Those of them that are deleted.
+    pub documents_deleted_clocks: IntGauge,
+    /// Bytes of the newest snapshots of the open documents.
+    pub documents_snapshot_bytes: IntGauge,
+    /// Bytes of the updates after them.
+    pub documents_log_bytes: IntGauge,
     /// Slots owned here.
     pub slots_owned: IntGauge,
     /// Slots whose handoff from here is under way.
@@ -109,9 +123,38 @@ impl Metrics {
                 "collab_documents_open",
                 "Documents open at their owner here.",
             ),
+            documents_unloaded: counters(
+                "collab_documents_unloaded_total",
+                "Documents closed because nobody had them open, by reason.",
+                "reason",
+            ),
+            documents_refused: counter(
+                "collab_documents_refused_total",
+                "Documents that were not opened because there was no memory for them.",
+            ),
             documents_degraded: gauge(
                 "collab_documents_degraded",
                 "Documents of which only a part is served, read-only, because their stored rows are damaged.",
+            ),
+            documents_memory: gauge(
+                "collab_documents_memory_bytes",
+                "Memory of the open documents, estimated.",
+            ),
+            documents_clocks: gauge(
+                "collab_documents_clocks",
+                "Characters and values that were ever written into the open documents, when last counted.",
+            ),
+            documents_deleted_clocks: gauge(
+                "collab_documents_deleted_clocks",
+                "Those of them that were deleted since: tombstones.",
+            ),
+            documents_snapshot_bytes: gauge(
+                "collab_documents_snapshot_bytes",
+                "Bytes of the newest snapshots of the open documents.",
+            ),
+            documents_log_bytes: gauge(
+                "collab_documents_log_bytes",
+                "Bytes of the updates after these snapshots: history that the next snapshots take the place of.",
             ),
             slots_owned: gauge("collab_slots_owned", "Slots owned by this node."),
             slots_moving: gauge(
@@ -218,12 +261,16 @@ impl Metrics {
             "resync",
             "read_only",
             "degraded",
+            "full",
             "unsaved",
         ] {
             metrics.updates_refused.with_label_values(&[reason]);
         }
         for reason in ["node", "address"] {
             metrics.connections_refused.with_label_values(&[reason]);
+        }
+        for reason in ["unused", "memory"] {
+            metrics.documents_unloaded.with_label_values(&[reason]);
         }
         for result in ["moved", "failed"] {
             metrics.handoffs.with_label_values(&[result]);

@@ -121,6 +121,7 @@ impl Node {
             tasks.spawn(endless(log_task)),
             tasks.spawn(endless(documents.clone().follow_map())),
             tasks.spawn(endless(documents.clone().measure())),
+            tasks.spawn(endless(documents.clone().keep_within_memory())),
             tasks.spawn(endless(handoff.clone().balance())),
             tasks.spawn(endless(handoff.clone().finish_drains())),
         ];

@@ -108,7 +108,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         registration,
         slots: config.slots,
         alone: matches!(config.storage, Storage::Embedded(_)),
-        memory: Memory::of_this_process(),
+        memory: Memory::of_this_process(config.memory_budget),
         metrics: metrics.clone(),
         tasks: Tasks::default(),
         seed: rand::random(),

@@ -232,7 +232,7 @@ pub(crate) mod tests {
     fn the_objects_of_a_production_cluster_with_everything_set() {
         insta::assert_snapshot!(as_yaml(&manifests(
             "{image: 'example.com/own:2', imagePullPolicy: Always, imagePullSecrets: [{name: pull}], deletionPolicy: Delete,
-              nodes: {replicas: 5, terminationGracePeriodSeconds: 60, nodeSelector: {pool: collab},
+              nodes: {replicas: 5, memoryBudgetMib: 700, terminationGracePeriodSeconds: 60, nodeSelector: {pool: collab},
                 resources: {requests: {cpu: '1'}, limits: {memory: 3Gi}},
                 tolerations: [{key: collab, operator: Exists}], affinity: {nodeAffinity: {}}},
               placement: {slots: 256}, gateway: {serviceType: LoadBalancer},

@@ -62,7 +62,7 @@ function websocket (Provider, { node, document, token, presence, client }) {
   }
 }
 
-function hocuspocus (Provider, Socket, { node, document, token, presence, socket, sessions, client }) {
+function hocuspocus (Provider, Socket, { node, document, token, nextToken, presence, socket, sessions, client }) {
   const key = `${client.family} ${socket ?? client.name}`
   if (!sockets.has(key)) {
     const url = `${node.replace(/^http/, 'ws')}/hocuspocus`
@@ -78,7 +78,11 @@ function hocuspocus (Provider, Socket, { node, document, token, presence, socket
     websocketProvider,
     name: document,
     document: client.doc,
-    token: () => client.token,
+    token () {
+      const given = client.token
+      if (nextToken) client.token = nextToken
+      return given
+    },
     ...(sessions && { sessionAwareness: true }),
     ...(!presence && { awareness: null })
   })
@@ -148,7 +152,7 @@ const families = {
 
 const commands = {
   /** `stored`: a name in the browser's own store, which is read before the client connects. */
-  async open ({ name, family, node, document, token, presence = true, socket, sessions, stored }) {
+  async open ({ name, family, node, document, token, next_token: nextToken, presence = true, socket, sessions, stored }) {
     const doc = family === 'y-websocket-4' ? new Y14.Doc() : new Y.Doc()
     const client = {
       name,
@@ -174,7 +178,7 @@ const commands = {
       await client.store.whenSynced
     }
     clients.set(name, client)
-    Object.assign(client, families[family]({ node, document, token, presence, socket, sessions, client }))
+    Object.assign(client, families[family]({ node, document, token, nextToken, presence, socket, sessions, client }))
     if (presence) client.awareness?.setLocalStateField('user', { name })
   },
   edit ({ client, text }) {

@@ -19,6 +19,8 @@ use tokio::time::{Instant, sleep};
 const SECRET: &str = "the secret of the conformance matrix";
 /// Number of the node that is left in the end.
 const STAYS: usize = 0;
+/// How long a token is taken after its `exp`: clocks may differ by so much.
+const LEEWAY: Duration = Duration::from_secs(30);
 /// For what takes milliseconds on a machine that has nothing else to do.
 const SOON: Duration = Duration::from_secs(20);
 /// How long a commit is held up: longer than y-sweet's client bears silence.
@@ -123,6 +125,11 @@ impl World {
                     "many documents on a socket",
                     family,
                     self.multiplexes(family).await,
+                ),
+                (
+                    "access ends with its token",
+                    family,
+                    self.ends_with_its_token(family).await,
                 ),
                 (
                     "another token on a socket",
@@ -441,6 +448,66 @@ impl World {
         })
         .await?;
         close_all([client, other]).await
+    }
+
+    /// Of two documents on a socket one is lost at the moment at which its token ends; the server asked before, and who had
+    /// an answer goes on.
+    async fn ends_with_its_token(&self, family: Family) -> Result<()> {
+        let [ends, renewed] = ["ends", "renewed"].map(|name| named(family, name));
+        let ending = |document: &str, left: f64| {
+            let exp = now() - LEEWAY.as_secs_f64() + left;
+            token(&json!({"sub": "ada", "documents": [document], "exp": exp}))
+        };
+        let left = Duration::from_secs(4);
+        let begun = Instant::now();
+        let mut clients = Vec::new();
+        let next = writer_of(family, &renewed)?;
+        for (document, next_token) in [(&ends, None), (&renewed, Some(next.as_str()))] {
+            let token = ending(document, left.as_secs_f64())?;
+            let opening = Opening {
+                node: &self.urls[STAYS],
+                token: Some(&token),
+                next_token,
+                socket: Some("with tokens that end"),
+                ..self.opening(family, "client", document)
+            };
+            clients.push(self.families.open(&opening).await?);
+        }
+        let [one, other] = clients.as_slice() else {
+            unreachable!()
+        };
+        for client in [one, other] {
+            client.types("before;").await?;
+            until_saved(client).await?;
+        }
+        let look = until(one, "access ends", |look| !look.denied.is_empty()).await?;
+        let after = begun.elapsed();
+        ensure!(
+            look.denied == ["the token has expired"],
+            "denied for another reason: {look:?}"
+        );
+        // A second for the machine; and the token was made of whole seconds.
+        ensure!(
+            left <= after + Duration::from_secs(1) && after <= left + Duration::from_secs(1),
+            "access ended after {after:?}, its token after {left:?}"
+        );
+        // What others write meanwhile it gets with the next token.
+        let third = self.opens(family, "third", &ends).await?;
+        third.types("meanwhile;").await?;
+        until_saved(&third).await?;
+        one.types("after the end;").await?;
+        other.types("after the end of the other;").await?;
+        let look = until_saved(other).await?;
+        ensure!(look.denied.is_empty() && look.closes.is_empty(), "{look:?}");
+        ensure!(!one.look().await?.saved, "taken without a token");
+        one.renews(&writer_of(family, &ends)?).await?;
+        until_saved(one).await?;
+        until(one, "it has all", |look| {
+            look.text.contains("meanwhile;") && look.text.contains("after the end;")
+        })
+        .await?;
+        clients.push(third);
+        close_all(clients).await
     }
 
     async fn signals(&self, family: Family) -> Result<()> {
@@ -780,6 +847,7 @@ impl World {
             node,
             document,
             token: None,
+            next_token: None,
             presence: true,
             socket: None,
             sessions: false,

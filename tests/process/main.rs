@@ -15,6 +15,7 @@ mod doctor;
 mod families;
 mod hardship;
 mod hostile;
+mod memory;
 mod moves;
 mod newcomers;
 mod peer;

@@ -19,23 +19,30 @@ use yrs::{ReadTxn, StateVector, Transact, Update};
 
 use crate::ids::{ConnectionId, Epoch, Seq};
 use crate::limits::{
-    AWARENESS_EXPIRY, LARGE_STATE_BYTES, PRESENCE_PER_CONNECTION_MAX, TAIL_UPDATES_MAX,
-    UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX, UNSAVED_BYTES_MAX, UNSAVED_UPDATES_MAX,
+    AWARENESS_EXPIRY, DOCUMENT_MEMORY_MAX, LARGE_STATE_BYTES, PRESENCE_PER_CONNECTION_MAX,
+    TAIL_UPDATES_MAX, UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX, UNSAVED_BYTES_MAX,
+    UNSAVED_UPDATES_MAX,
 };
 use crate::mutants::Mutant;
 use crate::replica::{Applied, Replica};
-use crate::scan::{self, Novelty, Places};
+use crate::scan::{self, Novelty, Places, Scan, Summary};
 use crate::wire::awareness;
 use crate::wire::relay::{ToEdge, UpdateKind};
 
 mod past;
+mod size;
 
 use past::{Past, Whole};
+use size::{Room, Size};
+
+pub use size::STRUCT_BYTES;
 
 /// An update without structs and without deletes.
 pub const NO_EDITS: [u8; 2] = [0, 0];
 /// State vector of a client that has nothing.
 pub const NO_CLOCKS: [u8; 1] = [0];
+/// Fewer ranges of deletes are taken for new without a look.
+const MANY_DELETE_RANGES: u64 = 64;
 
 /// An edge as the owner knows it: one stream of one node, or the owner's own edge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -178,7 +185,7 @@ pub enum Effect {
     },
     /// An update was not admitted; count it.
     NotAdmitted {
-        /// For the metric: `invalid`, `conflict`, `gap`, `resync`, `degraded` or `unsaved`.
+        /// For the metric: `invalid`, `conflict`, `gap`, `resync`, `degraded`, `full` or `unsaved`.
         reason: &'static str,
     },
     /// Throw the document away and open it again from the store.
@@ -209,15 +216,36 @@ pub struct Document {
     presence: BTreeMap<u64, Presence>,
     waiting: VecDeque<Waiting>,
     past: Past,
+    size: Size,
+    stored: StoredBytes,
     /// Positions and sizes of the updates that are not committed.
     uncommitted: VecDeque<(Seq, usize)>,
     uncommitted_bytes: usize,
     intake: Intake,
     store_away: bool,
-    /// Nothing is taken from clients: what is stored is damaged.
-    read_only: bool,
+    taking: Taking,
     /// An update failed half-way: what is in memory is not to be used any more.
     is_broken: bool,
+}
+
+/// What a document takes in the store, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoredBytes {
+    /// The newest snapshot.
+    pub snapshot: usize,
+    /// The updates after it, which a new snapshot takes the place of.
+    pub log: usize,
+}
+
+/// Which updates are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Taking {
+    /// None: what is stored is damaged.
+    Nothing,
+    /// Those of clients, who may bring only so much.
+    Bounded,
+    /// All: they were taken before.
+    Everything,
 }
 
 /// What is taken from clients while updates wait for their commit.
@@ -288,20 +316,23 @@ impl Document {
             presence: BTreeMap::new(),
             waiting: VecDeque::new(),
             past: Past::new(from, state),
+            size: Size::default(),
+            stored: StoredBytes::default(),
             uncommitted: VecDeque::new(),
             uncommitted_bytes: 0,
             intake: Intake::Open,
             store_away: false,
-            read_only: false,
+            taking: Taking::Bounded,
             is_broken: false,
         };
         if let Some((_, bytes)) = snapshot {
-            document.replay(Seq(0), bytes)?;
+            let whole = document.replay(Seq(0), bytes)?;
+            document.size = Size::of(whole, bytes.len());
+            document.stored.snapshot = bytes.len();
         }
         let skipped = usize::from(Mutant::RowSkippedOnLoad.is_active());
         for (seq, bytes) in &log[..log.len().saturating_sub(skipped)] {
-            document.replay(*seq, bytes)?;
-            document.past.push(*seq, bytes);
+            document.replay_row(*seq, bytes)?;
         }
         if document.is_large() {
             document.past.newest().parts();
@@ -316,24 +347,31 @@ impl Document {
     /// As [`Document::open`]; then the document is of no use.
     pub fn resume(&mut self, epoch: Epoch, log: &[(Seq, Bytes)]) -> Result<(), OpenError> {
         for (seq, bytes) in log {
-            self.replay(*seq, bytes)?;
-            self.past.push(*seq, bytes);
+            self.replay_row(*seq, bytes)?;
             (self.assigned, self.committed) = (*seq, *seq);
         }
         self.epoch = epoch;
         Ok(())
     }
 
-    fn replay(&mut self, seq: Seq, bytes: &[u8]) -> Result<(), OpenError> {
+    fn replay_row(&mut self, seq: Seq, bytes: &[u8]) -> Result<(), OpenError> {
+        let added = self.replay(seq, bytes)?;
+        self.size.add(&added, bytes.len(), added.delete_ranges);
+        self.stored.log += bytes.len();
+        self.past.push(seq, bytes);
+        Ok(())
+    }
+
+    fn replay(&mut self, seq: Seq, bytes: &[u8]) -> Result<Summary, OpenError> {
         let failed = |reason: String| OpenError { seq, reason };
-        let scan = scan::scan_update(bytes).map_err(|error| failed(error.to_string()))?;
+        let scan = scan::scan_stored(bytes).map_err(|error| failed(error.to_string()))?;
         self.places
             .take(&scan)
             .map_err(|error| failed(error.to_string()))?;
         let update = Update::decode_v1(bytes).map_err(|error| failed(error.to_string()))?;
         self.doc
             .apply(&scan, update)
-            .map(drop)
+            .map(|_| *scan.summary())
             .map_err(|error| failed(error.to_string()))
     }
 
@@ -372,7 +410,12 @@ impl Document {
 
     /// Takes nothing from clients any more: what was opened is the good part of damaged rows.
     pub fn set_read_only(&mut self) {
-        self.read_only = true;
+        self.taking = Taking::Nothing;
+    }
+
+    /// Takes updates however much is in them: they were taken before, here or at an earlier owner.
+    pub fn lift_bounds(&mut self) {
+        self.taking = Taking::Everything;
     }
 
     /// Last position that is known to be durable.
@@ -392,17 +435,44 @@ impl Document {
 
     /// Log rows after the last stored snapshot. None of a read-only document: no snapshot is made of it.
     pub const fn tail(&self) -> i64 {
-        if self.read_only {
+        if matches!(self.taking, Taking::Nothing) {
             0
         } else {
             self.committed.0 - self.snapshot.0
         }
     }
 
-    /// A snapshot up to this position is stored.
-    pub fn set_snapshot(&mut self, seq: Seq, state: Bytes) {
+    /// A snapshot up to this position is stored; `whole` is what was counted in it.
+    pub fn set_snapshot(&mut self, seq: Seq, state: Bytes, whole: Summary) {
         self.snapshot = self.snapshot.max(seq);
+        self.size = Size::of(whole, state.len());
+        self.stored = StoredBytes {
+            snapshot: state.len(),
+            log: 0,
+        };
+        for (_, update) in self.past.after(seq) {
+            if let Ok(scan) = scan::scan_stored(update) {
+                let added = scan.summary();
+                self.size.add(added, update.len(), added.delete_ranges);
+                self.stored.log += update.len();
+            }
+        }
         self.past.begin_with(Whole::new(seq, state));
+    }
+
+    /// Bytes of memory that it takes, estimated; too much rather than too little between two snapshots.
+    pub fn memory(&self) -> u64 {
+        self.size.memory()
+    }
+
+    /// What it takes in the store.
+    pub const fn stored(&self) -> StoredBytes {
+        self.stored
+    }
+
+    /// What is in it, when it was last counted: at its opening, and with each snapshot.
+    pub const fn counted(&self) -> &Summary {
+        self.size.whole()
     }
 
     /// No edge is attached.
@@ -634,7 +704,7 @@ impl Document {
             return vec![Effect::NotAdmitted { reason: "unsaved" }];
         }
         let author = socket.author.clone();
-        if self.read_only && !self.is_known(&update) {
+        if self.taking == Taking::Nothing && !self.is_known(&update) {
             if let Some(socket) = self.sockets.get_mut(&peer) {
                 socket.stuck = true;
             }
@@ -683,6 +753,15 @@ impl Document {
             }
             Admission::Invalid(reason) => {
                 let mut effects = vec![Effect::NotAdmitted { reason: "invalid" }];
+                effects.extend(refuse(peer, reason));
+                effects
+            }
+            Admission::Full => {
+                let reason = format!(
+                    "the document is full (it takes more than {} MiB of memory): delete something, or go on in another one",
+                    DOCUMENT_MEMORY_MAX / (1 << 20)
+                );
+                let mut effects = vec![Effect::NotAdmitted { reason: "full" }];
                 effects.extend(refuse(peer, reason));
                 effects
             }
@@ -857,6 +936,7 @@ impl Document {
         self.assigned = self.assigned.next();
         let seq = self.assigned;
         self.past.push(seq, &update);
+        self.stored.log += update.len();
         self.uncommitted.push_back((seq, update.len()));
         self.uncommitted_bytes += update.len();
         let fan_out = Effect::FanOut {
@@ -888,14 +968,17 @@ impl Document {
         }
         let known = self.doc.transact().state_vector();
         let update: Bytes = earlier.transact().encode_state_as_update_v1(&known).into();
-        match self.admit(&update) {
+        let taking = std::mem::replace(&mut self.taking, Taking::Everything);
+        let admission = self.admit(&update);
+        self.taking = taking;
+        match admission {
             Admission::Added => {
                 let mut effects = self.added(None, update, String::new());
                 effects.extend(self.ask_the_stuck());
                 effects
             }
             Admission::NothingNew => Vec::new(),
-            Admission::Gap | Admission::Conflict(_) | Admission::Invalid(_) => {
+            Admission::Gap | Admission::Full | Admission::Conflict(_) | Admission::Invalid(_) => {
                 vec![Effect::NotAdmitted { reason: "invalid" }]
             }
         }
@@ -905,7 +988,13 @@ impl Document {
     fn admit(&mut self, update: &Bytes) -> Admission {
         let invalid =
             |error: &dyn std::error::Error| Admission::Invalid(format!("update refused: {error}"));
-        let scan = match scan::scan_update(update) {
+        let is_bounded = self.taking != Taking::Everything;
+        let scanned = if is_bounded {
+            scan::scan_update(update)
+        } else {
+            scan::scan_stored(update)
+        };
+        let scan = match scanned {
             Ok(scan) => scan,
             Err(error) => return invalid(&error),
         };
@@ -923,17 +1012,48 @@ impl Document {
             Ok(decoded) => decoded,
             Err(error) => return invalid(&error),
         };
+        let new_ranges = self.new_ranges(&scan, &decoded);
+        if is_bounded && !self.has_room_for(scan.summary(), update.len(), new_ranges) {
+            return Admission::Full;
+        }
         if let Err(error) = self.places.take(&scan) {
             return invalid(&error);
         }
         match self.doc.apply(&scan, decoded) {
-            Ok(Applied::Added) => Admission::Added,
+            Ok(Applied::Added) => {
+                self.size.add(scan.summary(), update.len(), new_ranges);
+                Admission::Added
+            }
             Ok(Applied::NothingNew) => Admission::NothingNew,
             Err(error) => {
                 self.is_broken = true;
                 invalid(&error)
             }
         }
+    }
+
+    /// How many ranges of an update's deletes are not deleted yet. They are looked up only when there are many: with a
+    /// sync step 2 all deletes of a document come again.
+    fn new_ranges(&self, scan: &Scan<'_>, update: &Update) -> u64 {
+        let ranges = scan.summary().delete_ranges;
+        if ranges < MANY_DELETE_RANGES {
+            return ranges;
+        }
+        let deleted = self.doc.transact().snapshot().delete_set;
+        let new = update.delete_set().diff(&deleted);
+        new.iter().map(|(_, ranges)| ranges.len() as u64).sum()
+    }
+
+    fn has_room_for(&mut self, update: &Summary, bytes: usize, new_ranges: u64) -> bool {
+        let mut room = self.size.room_for(update, bytes, new_ranges);
+        if room == Room::Unknown {
+            let state = self.encode_state();
+            if let Ok(whole) = scan::scan_stored(&state) {
+                self.size = Size::of(*whole.summary(), state.len());
+            }
+            room = self.size.room_for(update, bytes, new_ranges);
+        }
+        room == Room::Enough
     }
 
     /// The part of an update that may be applied, if there is any.
@@ -1072,6 +1192,8 @@ enum Admission {
     NothingNew,
     Gap,
     Invalid(String),
+    /// The document has no room for it.
+    Full,
     /// Another device writes under the same client id.
     Conflict(String),
 }
@@ -1094,7 +1216,7 @@ mod tests {
     use yrs::{ClientID, Doc, GetString, OffsetKind, Options, Text};
 
     use super::*;
-    use crate::limits::PAST_BYTES_MIN;
+    use crate::limits::{PAST_BYTES_MIN, UPDATE_STRUCTS_MAX};
 
     const EDGE: EdgeId = EdgeId(1);
     const OTHER_EDGE: EdgeId = EdgeId(2);
@@ -1424,7 +1546,9 @@ mod tests {
             author: String::new(),
         });
         document.handle(step2(ALICE, 1, &Bytes::from_static(&NO_EDITS)));
-        document.set_snapshot(Seq(2), typist.everything());
+        let state = typist.everything();
+        let whole = *scan::scan_stored(&state).unwrap().summary();
+        document.set_snapshot(Seq(2), state, whole);
         let big = "x".repeat(PAST_BYTES_MIN);
         for seq in 3..=5 {
             document.handle(update(ALICE, 2, &typist.types(&big)));
@@ -1620,6 +1744,80 @@ mod tests {
         }
         assert_eq!(document.assigned_seq(), Seq(0));
         assert_eq!(document.encode_state().as_ref(), NO_EDITS);
+    }
+
+    #[test]
+    fn what_edits_made_larger_than_one_edit_may_be_is_opened_again() {
+        const STEP: u32 = 20_000;
+        let mut document = shared_by_alice_and_bob();
+        let steps = u32::try_from(UPDATE_STRUCTS_MAX).unwrap() / STEP + 1;
+        let mut log = Vec::new();
+        for step in 0..steps {
+            let typed = typed_backwards(step * STEP..(step + 1) * STEP);
+            let effects = document.handle(update(ALICE, u64::from(step) + 2, &typed));
+            let Some(Effect::Append { seq, update, .. }) = effects.get(1) else {
+                panic!("step {step} is not taken: {effects:?}");
+            };
+            log.push((*seq, update.clone()));
+            document.handle(Input::Committed { seq: *seq });
+        }
+        let (last, state) = (document.assigned_seq(), document.encode_state());
+        let too_many = scan::ScanError::TooMany {
+            what: "structs",
+            max: UPDATE_STRUCTS_MAX,
+        };
+        assert_eq!(scan::scan_update(&state).unwrap_err(), too_many);
+        for (snapshot, log) in [(Some((last, &state)), &[][..]), (None, &log)] {
+            let opened = Document::open(Epoch(2), snapshot, log, last).unwrap();
+            assert_eq!(opened.encode_state(), state);
+        }
+        // Nor does a failover of the database lose it.
+        let mut empty = Document::open(Epoch(3), None, &[], Seq(0)).unwrap();
+        let effects = empty.handle(Input::Restore { state });
+        assert!(matches!(effects[1], Effect::Append { .. }), "{effects:?}");
+    }
+
+    #[test]
+    fn a_full_document_takes_nothing_but_deletions_and_opens_all_the_same() {
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        document.handle(update(ALICE, 2, &typist.types("hello")));
+        let whole = Summary {
+            structs: DOCUMENT_MEMORY_MAX / STRUCT_BYTES + 1,
+            ..Summary::default()
+        };
+        document.set_snapshot(Seq(1), typist.everything(), whole);
+        let effects = document.handle(update(ALICE, 3, &typist.types("!")));
+        let [
+            Effect::NotAdmitted { reason: "full" },
+            Effect::Send {
+                message: ToEdge::Refused { reason, .. },
+                ..
+            },
+        ] = effects.as_slice()
+        else {
+            panic!("a refusal, not {effects:?}");
+        };
+        assert!(reason.contains("the document is full"), "{reason}");
+        let mut other = Typist::new(2);
+        other.receives(&document.encode_state());
+        let deleted = other.deletes(0, 1);
+        let effects = document.handle(update(ALICE, 4, &deleted));
+        assert!(matches!(effects[1], Effect::Append { .. }), "{effects:?}");
+
+        // What was only taken for much is counted again before anything is refused.
+        let mut document = shared_by_alice_and_bob();
+        let mut typist = Typist::new(1);
+        for number in 0..DOCUMENT_MEMORY_MAX / (16 << 20) {
+            let big = typist.types(&"x".repeat(8 << 20));
+            document.handle(update(ALICE, number * 2 + 2, &big));
+            let gone = typist.deletes(0, 8 << 20);
+            let effects = document.handle(update(ALICE, number * 2 + 3, &gone));
+            assert!(matches!(effects[1], Effect::Append { .. }), "{effects:?}");
+            let seq = document.assigned_seq();
+            document.handle(Input::Committed { seq });
+        }
+        assert!(document.memory() < DOCUMENT_MEMORY_MAX / 2);
     }
 
     /// The second would be told that its edit is saved: the document has that clock.
@@ -1824,6 +2022,26 @@ mod tests {
         fn state_vector(&self) -> Bytes {
             self.0.transact().state_vector().encode_v1().into()
         }
+    }
+
+    /// Clocks of client 1: each "x" stands before the one before it, so that none joins another.
+    fn typed_backwards(clocks: std::ops::Range<u32>) -> Bytes {
+        use crate::wire::varint::write_var_uint;
+        let mut update = vec![1];
+        write_var_uint(&mut update, u64::from(clocks.end - clocks.start));
+        update.push(1);
+        write_var_uint(&mut update, clocks.start.into());
+        for clock in clocks {
+            if let Some(before) = clock.checked_sub(1) {
+                update.extend([0x44, 1]);
+                write_var_uint(&mut update, before.into());
+            } else {
+                update.extend([0x04, 1, 1, b't']);
+            }
+            update.extend([1, b'x']);
+        }
+        update.push(0);
+        update.into()
     }
 
     fn text_of(updates: &[&Bytes]) -> String {

@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use crate::document::STRUCT_BYTES;
+
 /// Longest document id.
 pub const DOCUMENT_ID_BYTES_MAX: usize = 255;
 /// Slots of a cluster unless it was created with another number.
@@ -55,8 +57,8 @@ pub const UPDATE_DEPTH_MAX: usize = 64;
 pub const DOCUMENT_DEPTH_MAX: u16 = 256;
 /// Most structs (blocks) in one update.
 pub const UPDATE_STRUCTS_MAX: u64 = 1_000_000;
-/// Most ranges in the delete set of one update.
-pub const UPDATE_DELETE_RANGES_MAX: u64 = 1_000_000;
+/// Most ranges in the delete set of one update. With a sync step 2 come all of a document's, known or not.
+pub const UPDATE_DELETE_RANGES_MAX: u64 = 4_000_000;
 /// Most JSON-like values in one update: `yrs` takes up to a hundred bytes for one of two bytes.
 pub const UPDATE_VALUES_MAX: u64 = 1_000_000;
 /// Most subdocuments in one update; each is a whole `yrs` document.
@@ -65,8 +67,13 @@ pub const UPDATE_SUBDOCUMENTS_MAX: u64 = 10_000;
 pub const CLIENT_ID_MAX: u64 = (1 << 53) - 1;
 /// A clock plus a length stays below this.
 pub const CLOCK_END_MAX: u64 = 1 << 31;
-/// Most clients in a state vector that a peer sends.
-pub const STATE_VECTOR_CLIENTS_MAX: u64 = 1_000_000;
+/// Most clients in a state vector that a peer sends: every client that ever wrote in a document is in it.
+pub const STATE_VECTOR_CLIENTS_MAX: u64 = 4_000_000;
+/// Memory of a document, as `document/size.rs` estimates it, beyond which nothing more is taken from clients: about two million
+/// pieces of content, or 256 MiB encoded. A document is opened however large it is.
+pub const DOCUMENT_MEMORY_MAX: u64 = 512 * 1024 * 1024;
+/// What only deletes is taken for so much longer.
+pub const DOCUMENT_OVERDRAFT: u64 = DOCUMENT_MEMORY_MAX / 4;
 /// Largest awareness state (JSON) of one client.
 pub const AWARENESS_BYTES_MAX: usize = 64 * 1024;
 /// Most entries in one awareness message.
@@ -172,6 +179,10 @@ pub const DRAIN_CLOSES_PER_SECOND: u32 = 200;
 pub const AWARENESS_EXPIRY: Duration = Duration::from_secs(30);
 /// A socket that got no frame for this long is sent an empty awareness message.
 pub const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
+/// Memory that is set aside for a document before it is known how large it is.
+pub const OPENING_BYTES: u64 = 64 * 1024;
+/// How long an opening waits until memory is freed; then it is refused.
+pub const MEMORY_WAIT: Duration = Duration::from_secs(2);
 /// An open document that nobody is attached to is closed after this time.
 pub const UNLOAD_AFTER: Duration = Duration::from_secs(30);
 
@@ -217,6 +228,11 @@ const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
 // A half-open connection is noticed within 40 s, and a client has time for an answer to more than one ping.
 const _: () = assert!(GONE_AFTER.as_secs() + PULSE_EVERY.as_secs() < 40);
 const _: () = assert!(PING_AFTER.as_secs() + 3 * PULSE_EVERY.as_secs() <= GONE_AFTER.as_secs());
+// Whoever has all of a document may join it: neither what it lacks nor what it has is more than one message may say.
+const _: () =
+    assert!((DOCUMENT_MEMORY_MAX + DOCUMENT_OVERDRAFT) / STRUCT_BYTES < UPDATE_DELETE_RANGES_MAX);
+const _: () =
+    assert!((DOCUMENT_MEMORY_MAX + DOCUMENT_OVERDRAFT) / STRUCT_BYTES < STATE_VECTOR_CLIENTS_MAX);
 // A single state of presence must pass at once.
 const _: () = assert!(AWARENESS_BYTES_MAX < PRESENCE_BYTES_BURST as usize);
 const _: () = assert!(SLOTS_MIN.is_power_of_two() && SLOTS_MAX.is_power_of_two());

@@ -13,7 +13,7 @@ use yrs::error::UpdateError;
 use yrs::updates::decoder::Decode;
 use yrs::{Doc, OffsetKind, Options, Transact, Update, WriteTxn};
 
-use crate::scan::{Scan, scan_update};
+use crate::scan::{Scan, scan_stored};
 
 /// A document that only takes updates. It is read like any other.
 pub struct Replica {
@@ -67,7 +67,7 @@ impl Replica {
 
     /// Applies an update that was applied to another document before. `None`: it is not sound after all.
     pub(crate) fn replay(&mut self, update: &[u8]) -> Option<Applied> {
-        let scan = scan_update(update).ok()?;
+        let scan = scan_stored(update).ok()?;
         self.apply(&scan, Update::decode_v1(update).ok()?).ok()
     }
 }
@@ -139,7 +139,7 @@ mod tests {
             doc.transact()
                 .encode_state_as_update_v1(&StateVector::default())
         };
-        let summary = |update: &[u8]| *scan_update(update).unwrap().summary();
+        let summary = |update: &[u8]| *scan_stored(update).unwrap().summary();
         assert_eq!(summary(&state(&replica)), summary(&made));
         assert_eq!(replica.replay(&deleted), Some(Applied::Added));
         assert_eq!(replica.replay(&deleted), Some(Applied::NothingNew));

@@ -4,7 +4,8 @@
 //! the process, and an update that refers to what is missing can leave a document that can no longer
 //! be encoded. So nothing reaches `yrs`, the log or another client that was not scanned first.
 //! [`scan_update`] checks shape and bounds, [`Scan::missing`] that the update is causally complete,
-//! [`Places::take`] that it fits the document.
+//! [`Places::take`] that it fits the document. What was taken once is read by [`scan_stored`], without the
+//! bounds: a document may have more of everything than one update may bring.
 //!
 //! An update is
 //!
@@ -26,7 +27,10 @@ mod tails;
 
 use smallvec::SmallVec;
 
-use crate::limits::{STATE_VECTOR_CLIENTS_MAX, UPDATE_DELETE_RANGES_MAX, UPDATE_STRUCTS_MAX};
+use crate::limits::{
+    STATE_VECTOR_CLIENTS_MAX, UPDATE_DELETE_RANGES_MAX, UPDATE_STRUCTS_MAX,
+    UPDATE_SUBDOCUMENTS_MAX, UPDATE_VALUES_MAX,
+};
 
 pub use causal::{Gap, Novelty};
 pub use cut::Parts;
@@ -77,10 +81,16 @@ pub struct Scan<'a> {
 /// How much there is in an update.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
+    /// Clients with structs.
+    pub clients: u64,
     /// Structs: the pieces of content, live or deleted.
     pub structs: u64,
+    /// Their clocks: each UTF-16 unit of a text, each value.
+    pub clocks: u64,
     /// Ranges of deleted clocks.
     pub delete_ranges: u64,
+    /// The clocks in them.
+    pub deleted_clocks: u64,
     /// Nested shared types (maps, arrays, texts, XML nodes) among the structs.
     pub types: u64,
     /// Subdocuments among the structs.
@@ -102,18 +112,31 @@ struct Section<'a> {
     structs: Source<'a>,
 }
 
-/// Checks a V1 update.
+/// Checks a V1 update that a client sent.
 ///
 /// Costs one pass over the bytes.
 ///
 /// # Errors
 /// When it is not an update that this server takes; the variant says what the client is told.
 pub fn scan_update(bytes: &[u8]) -> Result<Scan<'_>, ScanError> {
+    let scan = scan_stored(bytes)?;
+    scan.summary.check_bounds()?;
+    Ok(scan)
+}
+
+/// Checks a V1 update that is from this server: a row of the log, a whole state, what another owner relays. There may be more
+/// in it than [`scan_update`] takes from a client, whose updates have added up to it.
+///
+/// Costs one pass over the bytes.
+///
+/// # Errors
+/// When it was not written by this server.
+pub fn scan_stored(bytes: &[u8]) -> Result<Scan<'_>, ScanError> {
     let mut source = Source::new(bytes);
     let mut summary = Summary::default();
 
     let mut sections = SmallVec::new();
-    for _ in 0..source.count("sections", u64::MAX, Section::BYTES_MIN)? {
+    for _ in 0..source.count(Section::BYTES_MIN)? {
         sections.push(Section::scan(&mut source, &mut summary)?);
     }
     sections.sort_unstable_by_key(|section: &Section<'_>| std::cmp::Reverse(section.client));
@@ -124,7 +147,7 @@ pub fn scan_update(bytes: &[u8]) -> Result<Scan<'_>, ScanError> {
         return Err(source.malformed("two sections of one client"));
     }
 
-    let delete_clients = source.count("clients with deletes", u64::MAX, DELETES_BYTES_MIN)?;
+    let delete_clients = source.count(DELETES_BYTES_MIN)?;
     let deletes = source;
     scan_deletes(&mut source, delete_clients, &mut summary)?;
     source.end()?;
@@ -142,7 +165,13 @@ pub fn scan_update(bytes: &[u8]) -> Result<Scan<'_>, ScanError> {
 /// When it is not one, or has too many clients.
 pub fn scan_state_vector(bytes: &[u8]) -> Result<StateVectorScan<'_>, ScanError> {
     let mut source = Source::new(bytes);
-    let count = source.count("clients", STATE_VECTOR_CLIENTS_MAX, 2)?;
+    let count = source.count(2)?;
+    if STATE_VECTOR_CLIENTS_MAX < count {
+        return Err(ScanError::TooMany {
+            what: "clients",
+            max: STATE_VECTOR_CLIENTS_MAX,
+        });
+    }
     let entries = StateVectorScan { source, count };
     for _ in 0..count {
         source.id()?;
@@ -164,6 +193,27 @@ impl Iterator for StateVectorScan<'_> {
     fn next(&mut self) -> Option<Id> {
         self.count = self.count.checked_sub(1)?;
         self.source.id().ok()
+    }
+}
+
+impl Summary {
+    /// Whether a client may bring so much at once.
+    fn check_bounds(&self) -> Result<(), ScanError> {
+        for (what, count, max) in [
+            ("structs", self.structs, UPDATE_STRUCTS_MAX),
+            (
+                "ranges of deletes",
+                self.delete_ranges,
+                UPDATE_DELETE_RANGES_MAX,
+            ),
+            ("values", self.values, UPDATE_VALUES_MAX),
+            ("subdocuments", self.subdocuments, UPDATE_SUBDOCUMENTS_MAX),
+        ] {
+            if max < count {
+                return Err(ScanError::TooMany { what, max });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -191,7 +241,7 @@ impl<'a> Section<'a> {
     const BYTES_MIN: usize = 5;
 
     fn scan(source: &mut Source<'a>, summary: &mut Summary) -> Result<Self, ScanError> {
-        let count = source.count("structs", UPDATE_STRUCTS_MAX - summary.structs, 2)?;
+        let count = source.count(2)?;
         if count == 0 {
             return Err(source.malformed("a section without structs"));
         }
@@ -208,6 +258,8 @@ impl<'a> Section<'a> {
         for _ in 0..count {
             next.clock = source.read_struct(next, &mut Pass::Check(summary))?.end;
         }
+        summary.clients += 1;
+        summary.clocks += u64::from(next.clock - start);
         Ok(Self {
             client,
             start,
@@ -230,8 +282,7 @@ fn scan_deletes(
     let mut clients: SmallVec<[u64; 8]> = SmallVec::new();
     for _ in 0..delete_clients {
         clients.push(source.client()?);
-        let left = UPDATE_DELETE_RANGES_MAX - summary.delete_ranges;
-        let ranges = source.count("ranges of deletes", left, 2)?;
+        let ranges = source.count(2)?;
         if ranges == 0 {
             return Err(source.malformed("a client without deletes"));
         }
@@ -243,6 +294,7 @@ fn scan_deletes(
                 return Err(source.malformed("ranges of deletes out of order"));
             }
             end = source.end_of(start)?;
+            summary.deleted_clocks += u64::from(end - start);
         }
     }
     clients.sort_unstable();
@@ -275,8 +327,11 @@ mod tests {
         assert_eq!(
             *scan.summary(),
             Summary {
+                clients: 1,
                 structs: 1,
+                clocks: 2,
                 delete_ranges: 1,
+                deleted_clocks: 1,
                 ..Summary::default()
             }
         );

@@ -146,6 +146,7 @@ impl Owners {
             StatusCode::CONFLICT => Ok(Reply::Exists),
             StatusCode::NOT_FOUND => Err(AskError::Absent(document.clone())),
             StatusCode::MISDIRECTED_REQUEST => Err(moved()),
+            StatusCode::INSUFFICIENT_STORAGE => Err(AskError::Full(document.clone())),
             _ => Err(AskError::Unavailable {
                 document: document.clone(),
                 reason: text(),
@@ -200,6 +201,7 @@ pub async fn answer(
         Ok(Reply::Content(bytes)) => bytes.into_response(),
         Err(AskError::Absent(_)) => StatusCode::NOT_FOUND.into_response(),
         Err(AskError::Moved(_)) => StatusCode::MISDIRECTED_REQUEST.into_response(),
+        Err(AskError::Full(_)) => StatusCode::INSUFFICIENT_STORAGE.into_response(),
         Err(AskError::Unavailable { reason, .. }) => {
             (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
         }

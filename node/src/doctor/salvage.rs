@@ -110,6 +110,7 @@ fn open(snapshot: Option<&StoredRow>) -> Option<Document> {
         Some(document)
     }));
     let mut document = opened.ok().flatten()?;
+    document.lift_bounds();
     document.handle(Input::Join {
         peer: READER,
         author: String::new(),
@@ -126,6 +127,9 @@ fn add(document: &mut Document, update: &Bytes) -> Added {
             kind: UpdateKind::Step2,
             update: update.clone(),
         });
+        // All of it is durable: nothing waits.
+        let seq = document.assigned_seq();
+        document.handle(Input::Committed { seq });
         // What can be applied and not be encoded is no use.
         document.encode_state();
         effects

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use collab_core::control::{Activity, DocumentLoad, SlotLoad};
@@ -11,6 +11,7 @@ use collab_core::limits::BUSY_DOCUMENTS_MAX;
 use tokio::time::{Instant, sleep};
 
 use super::Documents;
+use super::unload::Idle;
 
 /// Between two samples.
 const SAMPLE_EVERY: Duration = Duration::from_secs(5);
@@ -30,6 +31,8 @@ pub struct Load {
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     pub(super) connections: AtomicU32,
+    /// While the document may leave.
+    idle: Mutex<Option<Idle>>,
     updates: AtomicU64,
     bytes: AtomicU64,
 }
@@ -38,6 +41,14 @@ impl Counts {
     pub(super) fn update(&self, bytes: usize) {
         self.updates.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn idle(&self) -> Option<Idle> {
+        *self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_idle(&self, idle: Option<Idle>) {
+        *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = idle;
     }
 }
 

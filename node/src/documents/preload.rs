@@ -4,7 +4,7 @@
 //! is owned here, and forgotten when the slot does not come soon.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use collab_core::document::Document;
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch};
@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::bus::Bus;
+use crate::memory::{Memory, Share};
 use crate::store::{Loaded, Ownership, Store};
 use crate::tasks::Tasks;
 
@@ -27,6 +28,7 @@ pub(super) struct Preloads {
 
 struct Preloaded {
     document: Document,
+    share: Share,
     room_epoch: RoomEpoch,
     at: Instant,
 }
@@ -41,9 +43,11 @@ impl Default for Preloads {
 }
 
 impl Preloads {
-    /// Reads a document that exists and is in good order; anything else is for its opening to judge.
+    /// Reads a document that exists and is in good order; anything else is for its opening to judge. Nothing is read without
+    /// memory for it.
     pub(super) async fn read(
         &self,
+        memory: &Arc<Memory>,
         tasks: &Tasks,
         store: &dyn Store,
         bus: &dyn Bus,
@@ -52,12 +56,17 @@ impl Preloads {
         let Ok(_turn) = self.turns.acquire().await else {
             return;
         };
+        let Some(mut share) = memory.take() else {
+            return;
+        };
         if let Ok(Loaded::Live(content)) = super::load(store, bus, id).await
             && let Ok(document) = super::replayed(tasks, Epoch(0), &content).await
         {
             let room_epoch = content.room_epoch;
+            share.set(document.memory());
             let preloaded = Preloaded {
                 document,
+                share,
                 room_epoch,
                 at: Instant::now(),
             };
@@ -72,9 +81,10 @@ impl Preloads {
         store: &dyn Store,
         ownership: Ownership,
         id: &DocumentId,
-    ) -> Option<(Document, RoomEpoch)> {
+    ) -> Option<(Document, Share, RoomEpoch)> {
         let Preloaded {
             mut document,
+            share,
             room_epoch,
             ..
         } = self.take(id)?;
@@ -88,7 +98,7 @@ impl Preloads {
         })
         .await
         .ok()
-        .map(|document| (document, room_epoch))
+        .map(|document| (document, share, room_epoch))
     }
 
     /// Forgets what was read too long ago to be waited for.

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use bytes::Bytes;
 use collab_core::document::Document;
 use collab_core::ids::{Epoch, Seq};
+use collab_core::scan::Summary;
 use yrs::Update;
 use yrs::updates::decoder::Decode;
 
@@ -13,19 +14,19 @@ use crate::metrics::Metrics;
 use crate::store::{Fence, NewSnapshot, Store};
 use crate::tasks::Tasks;
 
-/// Stores a snapshot and cuts the log below the older of the two that are kept. Answers its position if it is stored.
+/// Stores a snapshot and cuts the log below the older of the two that are kept. Answers what is in it if it is stored.
 pub(super) async fn write(
     tasks: &Tasks,
     store: &dyn Store,
     bus: &dyn Bus,
     metrics: &Metrics,
     snapshot: NewSnapshot,
-) -> Option<Seq> {
+) -> Option<Summary> {
     let result = write_verified(tasks, store, bus, &snapshot).await;
     let label = if result.is_ok() { "written" } else { "failed" };
     metrics.snapshots.with_label_values(&[label]).inc();
     match result {
-        Ok(()) => Some(snapshot.seq),
+        Ok(whole) => Some(whole),
         Err(reason) => {
             tracing::warn!(document.id = %snapshot.document, seq = %snapshot.seq, reason, "no snapshot was written");
             None
@@ -38,15 +39,15 @@ async fn write_verified(
     store: &dyn Store,
     bus: &dyn Bus,
     snapshot: &NewSnapshot,
-) -> Result<(), String> {
+) -> Result<Summary, String> {
     let bytes = snapshot.bytes.clone();
     let verified = tasks
         .compute(move || catch_unwind(AssertUnwindSafe(|| verify(&bytes))))
         .await;
-    match verified {
+    let whole = match verified {
         Ok(Ok(verdict)) => verdict?,
         Ok(Err(_)) | Err(_) => return Err("reading it back panics".to_owned()),
-    }
+    };
     match store.snapshot(snapshot).await {
         Ok(Fence::Held) => {}
         Ok(Fence::Fenced) => return Err("the slot has a new owner".to_owned()),
@@ -63,11 +64,11 @@ async fn write_verified(
     if let Err(error) = store.compact(&snapshot.document, snapshot.ownership).await {
         tracing::warn!(document.id = %snapshot.document, %error, "the log was not cut");
     }
-    Ok(())
+    Ok(whole)
 }
 
-/// Opens a state as a document, as the next owner will, and compares what came out with what went in.
-fn verify(bytes: &Bytes) -> Result<(), String> {
+/// Opens a state as a document, as the next owner will, compares what came out with what went in, and answers what was counted.
+fn verify(bytes: &Bytes) -> Result<Summary, String> {
     let decode = |bytes: &[u8]| {
         Update::decode_v1(bytes).map_err(|error| format!("it cannot be decoded: {error}"))
     };
@@ -76,7 +77,7 @@ fn verify(bytes: &Bytes) -> Result<(), String> {
     let document = document.map_err(|error| format!("it cannot be opened: {error}"))?;
     let got = decode(&document.encode_state())?;
     if got.state_vector() == wanted.state_vector() && got.delete_set() == wanted.delete_set() {
-        Ok(())
+        Ok(*document.counted())
     } else {
         Err("reading it back gives another document".to_owned())
     }
@@ -98,13 +99,9 @@ mod tests {
         text.insert(&mut doc.transact_mut(), 5, " world");
         text.remove_range(&mut doc.transact_mut(), 0, 1);
         let txn = doc.transact();
-        assert_eq!(
-            verify(
-                &txn.encode_state_as_update_v1(&StateVector::default())
-                    .into()
-            ),
-            Ok(())
-        );
+        let state = txn.encode_state_as_update_v1(&StateVector::default());
+        let whole = verify(&state.into()).unwrap();
+        assert_eq!((whole.clocks, whole.deleted_clocks), (11, 1));
         assert!(verify(&txn.encode_diff_v1(&before).into()).is_err());
         assert!(verify(&Bytes::from_static(b"\x01\x01")).is_err());
     }

@@ -16,7 +16,7 @@ use yrs::{ClientID, StateVector};
 
 use super::outbox::{Outbox, Taken, Taker};
 use super::room::FromSocket;
-use super::{CLOSE_POLICY, Edge, Family, Line, Membership, Visitor};
+use super::{CLOSE_POLICY, CLOSE_TRY_AGAIN, Edge, Family, Line, Membership, Visitor};
 
 /// How long a receipt is waited for, also while the document moves.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -41,6 +41,9 @@ pub enum ApplyError {
     /// The document may not be had.
     #[error("{0}")]
     Denied(String),
+    /// There is no room for the document now, or for one more socket in it.
+    #[error("{0}")]
+    Full(String),
     /// Perhaps it is saved, perhaps not. Trying again does no harm.
     #[error("the update was not saved in time; try again")]
     Unknown,
@@ -87,6 +90,7 @@ async fn until_saved(
         if let Taken::End(_, close) = taker.take(&mut frames).await {
             return Err(match close.code {
                 CLOSE_POLICY => ApplyError::Invalid(close.reason),
+                CLOSE_TRY_AGAIN => ApplyError::Full(close.reason),
                 _ => ApplyError::Unknown,
             });
         }

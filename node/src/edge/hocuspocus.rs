@@ -23,14 +23,16 @@ use super::{
     Visitor,
 };
 
-/// Between two pings, and two looks at what is due.
-const WAKE_EVERY: Duration = Duration::from_secs(10);
+/// Between two pings.
+const PING_EVERY: Duration = Duration::from_secs(10);
 /// A provider that answers pings and said nothing for this long is gone.
 const SILENCE_MAX: Duration = Duration::from_mins(1);
 /// A socket without access to any document after this time is closed.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(30);
 /// Before access ends the client is asked for a new token this long.
 const RENEW_BEFORE: Duration = Duration::from_secs(30);
+/// A client that came with a token that ends as soon is asked again after this time.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// The frame is too large: Hocuspocus' own code.
 const CLOSE_TOO_BIG: u16 = 1009;
@@ -60,6 +62,7 @@ pub(super) struct Hocuspocus {
     pending_bytes: usize,
     begun: Instant,
     heard: Instant,
+    pings_at: Instant,
     wakes_at: Instant,
     was_admitted: bool,
     /// The provider told its version: it knows pings.
@@ -77,7 +80,9 @@ enum Place {
 struct Pending {
     step1: Option<Bytes>,
     awareness: Option<Bytes>,
-    /// Changes that the client has counted since its step 1.
+    /// Of a client that had access: what it had when it began to sync. It does not begin again.
+    began_with: Option<Bytes>,
+    /// Changes that the client has counted since it began to sync, or since it lost access.
     changes: u32,
 }
 
@@ -85,7 +90,10 @@ struct Pending {
 struct Held {
     membership: Membership,
     admitted: Admitted,
-    asked_for_token: bool,
+    /// When the client was last asked for another token.
+    asked_at: Option<Instant>,
+    /// What the client had when it began to sync.
+    began_with: Option<Bytes>,
 }
 
 impl Hocuspocus {
@@ -99,7 +107,8 @@ impl Hocuspocus {
             pending_bytes: 0,
             begun: now,
             heard: now,
-            wakes_at: now + WAKE_EVERY,
+            pings_at: now + PING_EVERY,
+            wakes_at: now + PING_EVERY,
             was_admitted: false,
             knows_pings: false,
         }
@@ -120,8 +129,11 @@ impl Hocuspocus {
                 self.forget(address);
                 Ok(())
             }
-            Message::Common(common) => match self.documents.get(address) {
+            Message::Common(common) => match self.documents.get_mut(address) {
                 Some(Place::Held(held)) => {
+                    if let Common::SyncStep1 { state_vector } = common {
+                        held.began_with = Some(Bytes::copy_from_slice(state_vector));
+                    }
                     self.edge.pass(&held.membership, &self.line, common, frame);
                     Ok(())
                 }
@@ -173,7 +185,7 @@ impl Hocuspocus {
                 });
             }
             held.admitted = admitted;
-            held.asked_for_token = false;
+            self.plan_waking();
             return Ok(());
         }
         let pending = self.take_pending(address);
@@ -181,11 +193,19 @@ impl Hocuspocus {
             .edge
             .join(&document, visitor, family, self.line.clone());
         let connection = membership.connection;
-        if let Some(state_vector) = pending.step1 {
+        // The beginning is a change too, to a client that counts.
+        let begun = pending
+            .step1
+            .map(|step1| (step1, pending.changes.saturating_add(1)));
+        let begun = begun.or_else(|| Some((pending.began_with?, pending.changes)));
+        let began_with = begun
+            .as_ref()
+            .map(|(state_vector, _)| Bytes::copy_from_slice(state_vector));
+        if let Some((state_vector, changes)) = begun {
             let _ = membership.room.send(FromSocket::Step1 {
                 connection,
                 state_vector,
-                changes: pending.changes,
+                changes,
             });
         }
         if let Some(payload) = pending.awareness {
@@ -197,9 +217,11 @@ impl Hocuspocus {
         let held = Held {
             membership,
             admitted,
-            asked_for_token: false,
+            asked_at: None,
+            began_with,
         };
         self.documents.insert(address.into(), Place::Held(held));
+        self.plan_waking();
         Ok(())
     }
 
@@ -219,6 +241,7 @@ impl Hocuspocus {
         match message {
             Common::SyncStep1 { state_vector } => {
                 pending.step1 = Some(frame.slice_ref(state_vector));
+                pending.began_with = None;
                 pending.changes = 0;
             }
             Common::Update { .. } => pending.changes = pending.changes.saturating_add(1),
@@ -237,8 +260,13 @@ impl Hocuspocus {
 
     /// The client loses access, and may ask for it again.
     fn deny(&mut self, address: &str) {
-        if let Some(place @ Place::Held(_)) = self.documents.get_mut(address) {
-            *place = Place::Pending(Pending::default());
+        if let Some(place) = self.documents.get_mut(address)
+            && let Place::Held(held) = place
+        {
+            *place = Place::Pending(Pending {
+                began_with: held.began_with.take(),
+                ..Pending::default()
+            });
         }
     }
 
@@ -277,18 +305,31 @@ impl Hocuspocus {
         Ok(())
     }
 
+    /// Looks whether the client lives, and asks it to show that it does.
+    fn ping(&mut self, now: Instant) -> Result<(), Close> {
+        self.pings_at = now + PING_EVERY;
+        if !self.was_admitted && self.begun + HANDSHAKE_MAX <= now {
+            let reason = "no valid token came in time";
+            return Err(Close::new(CLOSE_UNAUTHORIZED, reason));
+        }
+        if self.knows_pings {
+            if self.heard + SILENCE_MAX <= now {
+                return Err(Close::new(CLOSE_TIMEOUT, "the client does not answer"));
+            }
+            self.put(Bytes::from_static(hocuspocus::PING))?;
+        }
+        Ok(())
+    }
+
     /// Asks for tokens that are about to end, and ends the access of those that have.
     fn renew(&mut self, now: Instant) -> Result<(), Close> {
         let mut ended = Vec::new();
         for (address, place) in &mut self.documents {
             let Place::Held(held) = place else { continue };
-            let Some(until) = held.admitted.until else {
-                continue;
-            };
-            if until <= now {
+            if held.admitted.until.is_some_and(|until| until <= now) {
                 ended.push(address.clone());
-            } else if until <= now + RENEW_BEFORE && !held.asked_for_token {
-                held.asked_for_token = true;
+            } else if held.asks_at().is_some_and(|at| at <= now) {
+                held.asked_at = Some(now);
                 let frame = hocuspocus::token_request(address);
                 self.line.out.put(frame);
             }
@@ -299,6 +340,15 @@ impl Hocuspocus {
             self.put(hocuspocus::permission_denied(&address, reason))?;
         }
         Ok(())
+    }
+
+    /// Wakes for the next ping, or before that for a token.
+    fn plan_waking(&mut self) {
+        let tokens = self.documents.values().filter_map(|place| match place {
+            Place::Held(held) => Some(held.admitted.until?.min(held.asks_at()?)),
+            Place::Pending(_) => None,
+        });
+        self.wakes_at = tokens.fold(self.pings_at, Instant::min);
     }
 }
 
@@ -338,22 +388,24 @@ impl Client for Hocuspocus {
 
     fn woken(&mut self) -> Option<Close> {
         let now = Instant::now();
-        self.wakes_at = now + WAKE_EVERY;
-        if !self.was_admitted && self.begun + HANDSHAKE_MAX <= now {
-            return Some(Close::new(
-                CLOSE_UNAUTHORIZED,
-                "no valid token came in time",
-            ));
-        }
-        if self.knows_pings {
-            if self.heard + SILENCE_MAX <= now {
-                return Some(Close::new(CLOSE_TIMEOUT, "the client does not answer"));
-            }
-            if let Err(close) = self.put(Bytes::from_static(hocuspocus::PING)) {
-                return Some(close);
-            }
-        }
-        self.renew(now).err()
+        let pinged = if self.pings_at <= now {
+            self.ping(now)
+        } else {
+            Ok(())
+        };
+        let done = pinged.and_then(|()| self.renew(now));
+        self.plan_waking();
+        done.err()
+    }
+}
+
+impl Held {
+    /// When to ask for another token; `None` if this one does not end.
+    fn asks_at(&self) -> Option<Instant> {
+        let until = self.admitted.until?;
+        let before_end = until.checked_sub(RENEW_BEFORE).unwrap_or(until);
+        let again = self.asked_at.map(|asked| asked + ASK_AGAIN);
+        Some(again.map_or(before_end, |again| again.max(before_end)))
     }
 }
 

@@ -73,7 +73,7 @@ pub(super) enum FromSocket {
     Step1 {
         connection: ConnectionId,
         state_vector: Bytes,
-        /// Changes that the client has counted since, and that were not passed on.
+        /// Changes that the client has counted and that were not passed on, the beginning itself among them.
         changes: u32,
     },
     Update {
@@ -125,7 +125,7 @@ impl FromSocket {
             Message::SyncStep1 { state_vector } => Self::Step1 {
                 connection,
                 state_vector: shared(state_vector),
-                changes: 0,
+                changes: 1,
             },
             Message::SyncStep2 { update } => Self::Update {
                 connection,
@@ -187,6 +187,8 @@ pub(super) struct Room {
     /// Too much waits for its commit.
     paused: bool,
     empty_since: Instant,
+    /// The document was closed while there was no socket: it is opened again for the next.
+    resting: bool,
 }
 
 /// An edit on its way to the sockets.
@@ -339,6 +341,7 @@ impl Room {
             coming_read_only: None,
             paused: false,
             empty_since: Instant::now(),
+            resting: false,
         }
     }
 
@@ -347,7 +350,8 @@ impl Room {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if self.upstream.is_none() && self.retry_at <= Instant::now() {
+            let is_wanted = self.upstream.is_none() && !self.resting;
+            if is_wanted && self.retry_at <= Instant::now() {
                 self.attach();
             }
             let retry_at = self.retry_at;
@@ -371,7 +375,7 @@ impl Room {
                     None => return,
                 },
                 () = map.changed() => self.map_changed(),
-                () = sleep_until(retry_at), if self.upstream.is_none() => {}
+                () = sleep_until(retry_at), if is_wanted && self.upstream.is_none() => {}
                 _ = tick.tick() => {
                     self.keep_alive();
                     self.recent.clear();
@@ -443,6 +447,7 @@ impl Room {
     /// The channel is no more; what was sent on it and not receipted is in the clients, which will be asked.
     fn detach(&mut self, pause: Duration) {
         self.upstream = None;
+        self.resting = self.sockets.is_empty() && self.outlived.is_empty();
         self.catching_up = None;
         self.retry_at = Instant::now() + pause;
         self.edge.members.look_now();
@@ -583,6 +588,9 @@ impl Room {
                     RETRY_UNAVAILABLE
                 };
                 self.detach(pause);
+                if cause == Unavailable::Full {
+                    self.send_away(&reason);
+                }
                 if cause != Unavailable::Store {
                     self.deny(reason);
                 }
@@ -606,6 +614,15 @@ impl Room {
         self.tell_all(None, Told::Denied(&reason));
         self.denied = Some(reason);
         self.delivered = StateVector::default();
+    }
+
+    /// Closes the sockets that are for this document alone: their clients come back, maybe when there is room.
+    fn send_away(&mut self, reason: &str) {
+        for socket in self.sockets.values_mut() {
+            if !matches!(socket.family, Family::Hocuspocus { .. }) {
+                socket.kick(CLOSE_TRY_AGAIN, reason);
+            }
+        }
     }
 
     /// The document is there. Newcomers may get what is stored of it before it is open.
@@ -694,7 +711,7 @@ impl Room {
             }
         }
         for edit in edits.drain(..) {
-            if let Ok(scan) = scan::scan_update(&edit.update) {
+            if let Ok(scan) = scan::scan_stored(&edit.update) {
                 for (client, end) in scan.client_ends() {
                     self.delivered.set_max(ClientID::new(client), end);
                 }
@@ -811,6 +828,7 @@ impl Room {
     }
 
     fn join(&mut self, mut socket: Box<Socket>) {
+        self.resting = false;
         if let Some(reason) = self.full_for(&socket.visitor) {
             socket.kick(CLOSE_TRY_AGAIN, reason);
             return;
@@ -1150,7 +1168,7 @@ impl Socket {
         }
     }
 
-    /// The client begins to sync. One that counts its changes counts this as one, and forgets those before.
+    /// The client begins to sync. One that counts its changes is owed a status for each, and forgets those before.
     fn begin(&mut self, state_vector: Bytes, changes: u32) {
         self.step1 = Some(state_vector);
         if let Family::Hocuspocus { .. } = self.family {
@@ -1161,7 +1179,7 @@ impl Socket {
             }
             self.refused = 0;
             // Not before it has answered for the first time: only then all that it has is here.
-            self.owe_statuses(self.sent.max(1), changes.saturating_add(1));
+            self.owe_statuses(self.sent.max(1), changes);
         }
     }
 
@@ -1417,13 +1435,12 @@ mod tests {
     fn the_same_bytes_of_another_client_do_not_pass_for_a_receipt() {
         let (mut socket, queue) = socket(Family::YWebsocket, Access::Write);
         for byte in 1..=2 {
-            socket.hold(socket.family.frame(Told::Update(&update(byte))));
+            let told = Told::Update(&update(byte));
+            socket.hold(socket.family.frame(told).expect("it is told of edits"));
         }
         socket.take_update(UpdateKind::Update, &update(1), true);
-        assert!(
-            socket.is_owed(&update(1)),
-            "from now on they are kept from it"
-        );
+        let others = Edit::new(Some(ConnectionId(8)), update(1));
+        assert!(!socket.wants(&others), "from now on they are kept from it");
         let state = Bytes::from_static(b"state");
         socket.sync(&state, Sync::Whole, &mut Recent::default());
         let sent = || std::iter::from_fn(|| queue.try_take()).collect::<Vec<_>>();
@@ -1472,7 +1489,7 @@ mod tests {
         let (mut socket, queue) = hocuspocus(Access::Write);
         let sent = || std::iter::from_fn(|| queue.try_take()).collect::<Vec<_>>();
         let saved = hocuspocus::sync_status("notes", Status::Saved);
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         socket.receipted(0, &seconds());
         assert!(sent().is_empty(), "what it has is not here yet");
         socket.take_update(UpdateKind::Step2, &update(1), true);
@@ -1486,17 +1503,17 @@ mod tests {
 
         // It begins anew, and forgets what it has counted.
         socket.take_update(UpdateKind::Update, &update(4), true);
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         socket.receipted(4, &seconds());
         assert_eq!(sent(), vec![saved.clone()], "its handshake only");
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         assert_eq!(sent(), [saved], "all that it has sent is durable");
     }
 
     #[test]
     fn changes_before_access_was_granted_are_counted_too() {
         let (mut socket, queue) = hocuspocus(Access::Write);
-        socket.begin(Bytes::from_static(&[0]), 2);
+        socket.begin(Bytes::from_static(&[0]), 3);
         socket.take_update(UpdateKind::Step2, &update(1), true);
         socket.receipted(1, &seconds());
         assert_eq!(std::iter::from_fn(|| queue.try_take()).count(), 3);
@@ -1510,7 +1527,7 @@ mod tests {
             hocuspocus::sync_status("notes", Status::Saved),
             hocuspocus::sync_status("notes", Status::Refused),
         );
-        socket.begin(Bytes::from_static(&[0]), 0);
+        socket.begin(Bytes::from_static(&[0]), 1);
         assert_eq!(
             socket.take_update(UpdateKind::Step2, &Bytes::from_static(&NO_EDITS), true),
             Some(1)

@@ -140,7 +140,7 @@ fn environment(subject: &Subject<'_>) -> Vec<Value> {
     } else {
         value("COLLAB_REDIS_URL_FILE", "/etc/collab/redis/url")
     };
-    vec![
+    let mut environment = vec![
         field("POD_IP", "status.podIP"),
         field("COLLAB_NODE_NAME", "metadata.name"),
         field("COLLAB_POD_UID", "metadata.uid"),
@@ -159,7 +159,11 @@ fn environment(subject: &Subject<'_>) -> Vec<Value> {
             &subject.cluster.spec.placement.slots.to_string(),
         ),
         value("COLLAB_LOG_FORMAT", "json"),
-    ]
+    ];
+    if let Some(mib) = subject.cluster.spec.nodes.memory_budget_mib {
+        environment.push(value("COLLAB_MEMORY_BUDGET_MIB", &mib.to_string()));
+    }
+    environment
 }
 
 fn volumes(subject: &Subject<'_>) -> Vec<Value> {

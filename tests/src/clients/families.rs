@@ -74,6 +74,8 @@ pub struct Opening<'a> {
     /// Token, or for y-sweet `TOKEN|user|authorization`: that of the application's server and what
     /// it asks for the client.
     pub token: Option<&'a str>,
+    /// Hocuspocus: its token from the second time on.
+    pub next_token: Option<&'a str>,
     /// Whether it shows presence.
     pub presence: bool,
     /// Hocuspocus: clients that name the same socket share it.

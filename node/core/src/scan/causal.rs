@@ -122,7 +122,7 @@ impl Scan<'_> {
             if ranges == 0 {
                 clients = clients.checked_sub(1)?;
                 client = source.client().ok()?;
-                ranges = source.count("", u64::MAX, 1).ok()?;
+                ranges = source.count(1).ok()?;
             }
             ranges = ranges.checked_sub(1)?;
             let start = source.clock().ok()?;

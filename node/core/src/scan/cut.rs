@@ -47,8 +47,8 @@ impl Parts {
     pub fn of(state: &[u8]) -> Option<Self> {
         let mut source = Source::new(state);
         let mut sections = Vec::new();
-        for _ in 0..source.count("", u64::MAX, 1).ok()? {
-            let count = source.count("", u64::MAX, 1).ok()?;
+        for _ in 0..source.count(1).ok()? {
+            let count = source.count(1).ok()?;
             let mut next = source.id().ok()?;
             let mut marks = Vec::new();
             for done in 0..count {

@@ -17,7 +17,7 @@ use std::borrow::Cow;
 use yrs::Any;
 
 use super::{ScanError, Summary};
-use crate::limits::{CLOCK_END_MAX, UPDATE_DEPTH_MAX, UPDATE_SUBDOCUMENTS_MAX, UPDATE_VALUES_MAX};
+use crate::limits::{CLOCK_END_MAX, UPDATE_DEPTH_MAX};
 use crate::wire::json;
 use crate::wire::varint::{ReadError, Reader, write_var_bytes, write_var_uint};
 
@@ -173,18 +173,10 @@ impl<'a> Source<'a> {
     }
 
     /// Reads how many of something follow, of which each takes at least `bytes_min`.
-    pub(super) fn count(
-        &mut self,
-        what: &'static str,
-        max: u64,
-        bytes_min: usize,
-    ) -> Result<u64, ScanError> {
+    pub(super) fn count(&mut self, bytes_min: usize) -> Result<u64, ScanError> {
         let count = self.read(Reader::var_uint)?;
         if count > (self.reader.rest().len() / bytes_min) as u64 {
             return Err(self.malformed("a count of more than there are bytes for"));
-        }
-        if count > max {
-            return Err(ScanError::TooMany { what, max });
         }
         Ok(count)
     }
@@ -357,7 +349,7 @@ impl<'a> Source<'a> {
                 }
             }
             ANY => {
-                let count = self.count("values", u64::MAX, 1)?;
+                let count = self.count(1)?;
                 for _ in 0..count {
                     self.value(0, pass)?;
                 }
@@ -366,11 +358,7 @@ impl<'a> Source<'a> {
             // Doc, with its options in a map, without which Yjs fails
             9 => {
                 if let Pass::Check(summary) = pass {
-                    add(
-                        &mut summary.subdocuments,
-                        "subdocuments",
-                        UPDATE_SUBDOCUMENTS_MAX,
-                    )?;
+                    summary.subdocuments += 1;
                 }
                 self.text(pass)?;
                 if self.reader.rest().first() != Some(&ANY_MAP) {
@@ -386,7 +374,7 @@ impl<'a> Source<'a> {
     /// Reads a JSON-like value inside `depth` others.
     fn value(&mut self, depth: usize, pass: &mut Pass<'_>) -> Result<(), ScanError> {
         if let Pass::Check(summary) = pass {
-            add(&mut summary.values, "values", UPDATE_VALUES_MAX)?;
+            summary.values += 1;
         }
         let kind = self.read(Reader::byte)?;
         match kind {
@@ -413,7 +401,7 @@ impl<'a> Source<'a> {
                 }
                 let is_map = kind == ANY_MAP;
                 let bytes_min = if is_map { 2 } else { 1 };
-                for _ in 0..self.count("values", u64::MAX, bytes_min)? {
+                for _ in 0..self.count(bytes_min)? {
                     if is_map {
                         self.text(pass)?;
                     }
@@ -508,15 +496,6 @@ impl<'a> Source<'a> {
                 "an embed or format with half a surrogate pair or too large a number",
             )),
         }
-    }
-}
-
-fn add(total: &mut u64, what: &'static str, max: u64) -> Result<(), ScanError> {
-    *total += 1;
-    if *total <= max {
-        Ok(())
-    } else {
-        Err(ScanError::TooMany { what, max })
     }
 }
 

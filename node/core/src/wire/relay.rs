@@ -233,6 +233,8 @@ pub enum Unavailable {
     Degraded,
     /// The store does not answer; try again.
     Store,
+    /// The owner has no memory left for it; try again later.
+    Full,
 }
 
 /// Why bytes are no relay frame.
@@ -472,6 +474,7 @@ impl ToEdge {
                     Unavailable::Deleted => 0,
                     Unavailable::Degraded => 1,
                     Unavailable::Store => 2,
+                    Unavailable::Full => 3,
                 });
                 out.put_slice(reason.as_bytes());
             }
@@ -541,6 +544,7 @@ impl ToEdge {
                 let cause = match byte(&mut rest)? {
                     0 => Unavailable::Deleted,
                     1 => Unavailable::Degraded,
+                    3 => Unavailable::Full,
                     _ => Unavailable::Store,
                 };
                 Self::Unavailable {
