@@ -998,8 +998,9 @@ impl Owned {
         let Some(mut message) = first else {
             return Some(End::Unused);
         };
+        let mut end = None;
         for count in 1.. {
-            let end = match message {
+            end = match message {
                 // Rare: they take memory when they come.
                 ToDocument::Freeze(settled) => {
                     Box::pin(self.frozen(inputs, settled, backlog)).await
@@ -1009,14 +1010,16 @@ impl Owned {
                 message => self.take(message),
             };
             if end.is_some() || count == INPUTS_PER_TURN || self.must_settle() {
-                return end;
+                break;
             }
             message = match backlog.pop_front().or_else(|| inputs.try_recv().ok()) {
                 Some(next) => next,
                 None => break,
             };
         }
-        None
+        // At once: until the next look many more could be opened.
+        self.share.set(self.document.memory());
+        end
     }
 
     /// Keeps the state for the next opening if the database may have lost some of it.

@@ -116,6 +116,9 @@ impl Share {
 
     /// Makes it what the document takes now.
     pub fn set(&mut self, bytes: u64) {
+        if self.bytes == bytes {
+            return;
+        }
         let taken = &self.memory.taken;
         if self.bytes < bytes {
             taken.fetch_add(bytes - self.bytes, Ordering::Relaxed);
