@@ -1237,16 +1237,13 @@ impl Socket {
         } else if kind == UpdateKind::Step2 {
             self.asked = self.asked.saturating_sub(1);
         }
-        let receipt = self.receipt_for(kind, update);
-        if let Receipt::Echo(update) = &receipt {
-            self.let_go(update);
-        }
         let has_edits = update.as_ref() != NO_EDITS && self.visitor.access == Access::Write;
         let bytes = if has_edits { update.len() } else { 0 };
         self.owed_bytes += bytes;
         let holds_credit = attached && !late && self.asked == 0;
         let receipt = self.receipt_for(kind, update);
         if let Receipt::Echo(update) = &receipt {
+            self.let_go(update);
             self.echoes.push_back(crc32c::crc32c(update));
         }
         self.owed.push_back(Owed {
