@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use collab_tests::nodes::Nodes;
+use collab_node::store::postgres::SCHEMA_LOCK;
+use collab_tests::nodes::{Launch, Nodes};
 use collab_tests::postgres::Postgres;
-use sqlx::PgPool;
+use sqlx::{Connection as _, PgConnection, PgPool};
+use tokio::time::{sleep, timeout};
 
 use crate::peer::Peer;
 
@@ -66,6 +68,31 @@ async fn while_postgres_is_away_edits_are_relayed_and_who_joins_sees_what_is_com
     let mut fresh = Peer::join(&urls[0], "outage").await?;
     fresh.until("a step 2", |fresh| fresh.synced).await?;
     ensure!(fresh.text() == ada.text(), "{:?}", fresh.text());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_waits_for_another_that_changes_the_schema_and_says_so() -> Result<()> {
+    let postgres = Postgres::shared().await;
+    let database = postgres.database().await;
+    let mut other = PgConnection::connect(&database).await?;
+    sqlx::query("select pg_advisory_lock($1)")
+        .bind(SCHEMA_LOCK)
+        .execute(&mut other)
+        .await?;
+    let mut nodes = Nodes::new(Launch::local(&database, "none"));
+    nodes.add()?;
+    let says_so = async {
+        while !nodes.log(0).contains("another node brings the schema") {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(Duration::from_secs(20), says_so).await?;
+    let tables = "select count(*) from information_schema.tables where table_name = 'slot'";
+    let tables: i64 = sqlx::query_scalar(tables).fetch_one(&mut other).await?;
+    ensure!(tables == 0, "it did not wait");
+    other.close().await?;
+    nodes.balanced(1).await?;
     Ok(())
 }
 

@@ -27,7 +27,7 @@ use super::integrity::{LogRow, check_tail, snapshot_hash};
 use super::{
     Append, Appended, Claim, Content, Created, DocumentRow, Failovers, Fence, Judgement, LoadError,
     Loaded, MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal,
-    Renewed, SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
+    Renewed, SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow, first_epoch,
 };
 
 /// When the clock of every simulated database begins, in milliseconds of Unix time.
@@ -198,6 +198,10 @@ impl Database {
     /// How many fail-overs there were, plus one.
     pub fn timeline(&self) -> u64 {
         self.server().timeline
+    }
+
+    fn timeline_name(&self) -> String {
+        format!("{:08X}", self.timeline())
     }
 
     /// Who owns each slot, in order of slot.
@@ -681,7 +685,7 @@ impl Rows {
             .map(|(slot, _)| *slot)
     }
 
-    fn pin(&mut self, document: &DocumentId, home: Slot) {
+    fn pin(&mut self, document: &DocumentId, home: Slot, first_epoch: Epoch) {
         if self.pinned(document).is_some() {
             return;
         }
@@ -690,7 +694,10 @@ impl Rows {
         let free = free.find(|slot| !self.pins.contains_key(slot));
         let own = free.unwrap_or(Slot(end));
         if own.0 == end {
-            self.slots.push(SlotRecord::default());
+            self.slots.push(SlotRecord {
+                epoch: first_epoch,
+                ..SlotRecord::default()
+            });
         }
         self.pins.insert(own, document.clone());
         let owner = self.slots[usize::from(home.0)].owner;
@@ -974,7 +981,7 @@ impl Store for Memory {
         let renewed = self
             .database
             .write(move |rows, now| rows.renew(incarnation, now + lease, load.clone(), now));
-        let timeline = format!("{:08X}", self.database.timeline());
+        let timeline = self.database.timeline_name();
         if let Some((members, placement_version)) = renewed {
             return Ok(Renewal::Renewed(Renewed {
                 members,
@@ -1115,9 +1122,10 @@ impl Store for Memory {
         home: Slot,
     ) -> Result<Result<(), Term>, StoreError> {
         let document = document.clone();
+        let epoch = first_epoch(&self.database.timeline_name());
         let done = self.database.write(move |rows, _| {
             rows.grant(term)?;
-            rows.pin(&document, home);
+            rows.pin(&document, home, epoch);
             Ok(())
         });
         self.database.map_changed.notify_waiters();
@@ -1222,7 +1230,7 @@ impl Store for Memory {
     }
 
     async fn summary(&self) -> Result<Summary, StoreError> {
-        let timeline = format!("{:08X}", self.database.timeline());
+        let timeline = self.database.timeline_name();
         Ok(self.database.read(|rows, _| Summary {
             term: rows.term,
             adoptions: rows.slots.iter().map(|slot| slot.adoptions).sum(),

@@ -27,6 +27,7 @@ use collab_core::limits::{
 };
 use collab_core::mutants::Mutant;
 use sqlx::error::DatabaseError;
+use sqlx::migrate::MigrateError;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
 use sqlx::query::Query;
@@ -38,12 +39,15 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 mod rows;
+mod schema;
+
+pub use schema::SCHEMA_LOCK;
 
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
     MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed,
-    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
+    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow, first_epoch,
 };
 
 /// How long a call waits for a session.
@@ -212,14 +216,10 @@ impl Postgres {
     }
 
     async fn migrate(&self) -> Result<(), StoreError> {
-        // A newer node may have been here: what it added does not disturb this one.
-        let mut migrations = sqlx::migrate!("migrations/postgres");
-        migrations.set_ignore_missing(true);
-        migrations
-            .run(&self.control)
+        schema::bring_up_to_date(&self.control)
             .await
             .map_err(|error| match error {
-                sqlx::migrate::MigrateError::Execute(error) => self.failed(error),
+                MigrateError::Execute(error) => self.failed(error),
                 error => StoreError::Unusable(error.to_string()),
             })
     }
@@ -370,7 +370,9 @@ impl Postgres {
         wanted: Wanted,
     ) -> Result<Result<(), Term>, StoreError> {
         let mut session = self.session(&self.control).await?;
-        let change = change_pin(session.connection(), term, document, home, wanted);
+        let first_epoch = first_epoch(&self.sessions.timeline_name());
+        let connection = session.connection();
+        let change = change_pin(connection, term, document, home, wanted, first_epoch);
         let changed = within(CONTROL_TIMEOUT, change)
             .await
             .map_err(|error| self.failed(error))?;
@@ -424,6 +426,11 @@ impl Sessions {
                         .elapsed();
                 Box::pin(async move { Ok(trusted) })
             })
+    }
+
+    fn timeline_name(&self) -> String {
+        let timeline = self.timeline.lock().expect("no holder panics");
+        timeline.name.clone()
     }
 
     /// Lets the sessions there are be replaced before they are used again.
@@ -922,13 +929,7 @@ impl Store for Postgres {
         }
         let members = rows.iter().map(member_row).collect::<Result<Vec<_>, _>>()?;
         let placement_version = rows.first().map_or(Ok(0), |row| get(row, 10))?;
-        let timeline = self
-            .sessions
-            .timeline
-            .lock()
-            .expect("no holder panics")
-            .name
-            .clone();
+        let timeline = self.sessions.timeline_name();
         Ok(Renewal::Renewed(Renewed {
             members,
             placement_version,
@@ -1286,13 +1287,7 @@ impl Store for Postgres {
             store: StoreReport {
                 version: get(&row, 3)?,
                 synchronous_standby: get(&row, 4)?,
-                timeline: self
-                    .sessions
-                    .timeline
-                    .lock()
-                    .expect("no holder panics")
-                    .name
-                    .clone(),
+                timeline: self.sessions.timeline_name(),
             },
         })
     }
@@ -1356,6 +1351,7 @@ async fn change_pin(
     document: &DocumentId,
     home: Slot,
     wanted: Wanted,
+    first_epoch: Epoch,
 ) -> Result<Result<(), Term>, sqlx::Error> {
     let mut change = connection.begin().await?;
     sqlx::query("select set_config('lock_timeout', $1, true)")
@@ -1382,7 +1378,7 @@ async fn change_pin(
     let own = match (wanted, pinned) {
         (Wanted::Pinned, Some(_)) | (Wanted::Home, None) => None,
         (Wanted::Home, Some(own)) => Some(own),
-        (Wanted::Pinned, None) => Some(free_slot(&mut change, slots).await?),
+        (Wanted::Pinned, None) => Some(free_slot(&mut change, slots, first_epoch).await?),
     };
     if let Some(own) = own {
         let home = i32::from(home.0);
@@ -1406,16 +1402,21 @@ async fn change_pin(
     Ok(Ok(()))
 }
 
-/// The lowest virtual slot that is for no document; a new one when there is none.
-async fn free_slot(connection: &mut PgConnection, slots: i32) -> Result<i32, sqlx::Error> {
+/// The lowest virtual slot that is for no document; a new one, with this epoch, when there is none.
+async fn free_slot(
+    connection: &mut PgConnection,
+    slots: i32,
+    first_epoch: Epoch,
+) -> Result<i32, sqlx::Error> {
     let free = sqlx::query_scalar(
         "select coalesce((select min(slot) from slot where $1 <= slot and document is null), max(slot) + 1) from slot",
     )
     .bind(slots)
     .fetch_one(&mut *connection)
     .await?;
-    sqlx::query("insert into slot (slot) values ($1) on conflict do nothing")
+    sqlx::query("insert into slot (slot, epoch) values ($1, $2) on conflict do nothing")
         .bind(free)
+        .bind(first_epoch.0)
         .execute(connection)
         .await?;
     Ok(free)
@@ -1628,10 +1629,14 @@ async fn within<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, sqlx::Error> {
-    timeout(limit, call).await.unwrap_or_else(|_| {
-        Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            "gave up waiting for the answer",
-        )))
-    })
+    timeout(limit, call)
+        .await
+        .unwrap_or_else(|_| Err(gave_up()))
+}
+
+fn gave_up() -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(
+        std::io::ErrorKind::TimedOut,
+        "gave up waiting for the answer",
+    ))
 }

@@ -210,6 +210,13 @@ async fn a_failover_is_seen(bench: &Bench, fails_over: impl AsyncFnOnce(&Node, &
     assert_eq!(taken, [(Slot(1), Epoch(2))]);
     let stale = bench.append(&[node.update(&doc, 1, 3, "3")]).await;
     assert!(stale.held.is_empty(), "{stale:?}");
+    bench.pin(&document("pinned")).await;
+    let slot = bench.map(0).await.slots.last().copied();
+    let slot = slot.expect("all slots are in the whole map");
+    assert!(
+        slot.slot == Slot(SLOTS) && Epoch(1 << 32) < slot.epoch,
+        "the failover may have lost a slot with the same number: {slot:?}"
+    );
     let append = Append {
         ownership: bench.right_now(1).await,
         ..node.update(&doc, 1, 3, "3")

@@ -129,7 +129,7 @@ async fn documents_pinned_at_once_get_slots_of_their_own(bench: Bench) {
 }
 
 impl Bench {
-    async fn pin(&self, document: &DocumentId) {
+    pub(super) async fn pin(&self, document: &DocumentId) {
         let pinned = self.store.pin(TERM, document, HOME).await.unwrap();
         assert_eq!(pinned, Ok(()));
     }
