@@ -189,6 +189,7 @@ mod tests {
             made_ms: 2.0,
             sent_ms: None,
             acked_ms,
+            echoed: false,
         };
         both.writer("d", 1).edits.push(deletion(None));
         assert!(both.judge("d", &Content::default()).clean().is_ok());

@@ -29,6 +29,8 @@ pub struct Edit {
     pub sent_ms: Option<f64>,
     /// When its first receipt came, of whatever kind.
     pub acked_ms: Option<f64>,
+    /// That was the return of its bytes.
+    pub echoed: bool,
 }
 
 /// One client of one document.
@@ -264,6 +266,7 @@ impl Ledger {
                     made_ms: t,
                     sent_ms: None,
                     acked_ms: None,
+                    echoed: false,
                 });
                 assert_eq!(writer.edits.len(), version, "versions count the edits");
             }
@@ -272,7 +275,9 @@ impl Ledger {
                 writer.hashes.insert(hash, t);
             }
             What::Echo { version } => {
-                writer.edits[version - 1].acked_ms.get_or_insert(t);
+                let edit = &mut writer.edits[version - 1];
+                edit.echoed |= edit.acked_ms.is_none();
+                edit.acked_ms.get_or_insert(t);
             }
             What::Ack { version } => {
                 writer.acks_ms.push(t);

@@ -190,8 +190,9 @@ impl Log {
                         ));
                     }
                     (Some(row), Some(acked)) if acked + CLOCKS_DIFFER_MS < row.at_ms.min(once) => {
+                        let how = if edit.echoed { " by its echo" } else { "" };
                         faults.push(format!(
-                            "{document}: {:?} was acknowledged {:.0} ms before it was written",
+                            "{document}: {:?} was acknowledged{how} {:.0} ms before it was written",
                             edit.token,
                             row.at_ms - acked
                         ));
@@ -327,6 +328,7 @@ mod tests {
             made_ms: 1.0,
             sent_ms: None,
             acked_ms: None,
+            echoed: false,
         };
         deleted.writer("d", 1).edits.push(edit);
         assert_eq!(log.faults(&deleted), [""; 0]);
