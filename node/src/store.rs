@@ -263,6 +263,13 @@ pub struct SlotRow {
     pub epoch: Epoch,
 }
 
+/// The epoch that a slot made on this timeline of the database begins with; a timeline is named by eight hexadecimal digits, as in
+/// the name of a WAL segment. A failover may lose a slot, and one made anew must not get the epochs of the lost one again.
+pub fn first_epoch(timeline: &str) -> Epoch {
+    let number = u32::from_str_radix(timeline, 16).unwrap_or(1);
+    Epoch(i64::from(number.saturating_sub(1).min(i32::MAX as u32)) << 32)
+}
+
 /// Failovers of the database, as the sessions of this process saw them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Failovers {

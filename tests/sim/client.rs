@@ -85,6 +85,8 @@ struct Client {
     random: StdRng,
     commands: mpsc::UnboundedReceiver<Command>,
     connection: Option<Open>,
+    /// The connection before, if there was one.
+    sent: Arc<Mutex<Sent>>,
     failures: u32,
     retry_at: Instant,
     offline_until: Option<Instant>,
@@ -218,6 +220,7 @@ pub(crate) fn start(
         witness: world.witness.clone(),
         commands: receiver,
         connection: None,
+        sent: Arc::default(),
         failures: 0,
         retry_at: Instant::now() + Duration::from_millis(random.random_range(0..500)),
         offline_until: None,
@@ -284,7 +287,10 @@ impl Client {
 
     fn connect(&mut self) {
         let shares = self.handle.shares.clone();
-        let sent = Arc::new(Mutex::new(Sent::by(self.handle.reader, shares)));
+        let earlier = self.sent.lock().expect("nobody panics with it").all();
+        let sent = Sent::by(self.handle.reader, shares).after(earlier);
+        let sent = Arc::new(Mutex::new(sent));
+        self.sent = sent.clone();
         let pod = self.world.pod_for_client(&mut self.random);
         let host = Host::Client(self.handle.number);
         let link = self.world.network.connection(host, Host::Pod(pod));

@@ -508,6 +508,9 @@ pub(crate) fn text(doc: &Doc) -> String {
     text.get_string(&doc.transact())
 }
 
+/// Insertions on earlier connections that are remembered.
+const EARLIER_MAX: usize = 64;
+
 /// What came from a socket, so that receipts on it can be told from other frames.
 #[derive(Debug, Default)]
 pub(crate) struct Sent {
@@ -516,6 +519,8 @@ pub(crate) struct Sent {
     /// Another tab has had it, too, and may send the same bytes.
     shares: Arc<AtomicBool>,
     updates: Vec<Typed>,
+    /// Insertions that went on connections before, and may still be on their way.
+    earlier: Vec<(Bytes, Change)>,
     asked: Vec<(Vec<u8>, Vec<Change>)>,
     /// When frames for the client last had to wait at the node.
     full: Option<Instant>,
@@ -538,6 +543,20 @@ impl Sent {
             shares,
             ..Self::default()
         }
+    }
+
+    /// What was sent on this connection and before it, for the next one.
+    pub(crate) fn all(&self) -> Vec<(Bytes, Change)> {
+        let here = self.updates.iter();
+        let here = here.map(|typed| (typed.update.clone(), typed.change));
+        let all: Vec<_> = self.earlier.iter().cloned().chain(here).collect();
+        let few = all.len().saturating_sub(EARLIER_MAX);
+        all[few..].to_vec()
+    }
+
+    /// After these.
+    pub(crate) fn after(self, earlier: Vec<(Bytes, Change)>) -> Self {
+        Self { earlier, ..self }
     }
 
     /// An edit was sent.
@@ -577,7 +596,11 @@ impl Sent {
     /// The same bytes may come from another tab. A node keeps them from the client while it owes it their
     /// echo; those that it sent, or had in hand for the client, before it knew, are none of its own.
     pub(crate) fn echoes(&self, update: &[u8]) -> Option<Change> {
-        let typed = self.typed(update)?;
+        let Some(typed) = self.typed(update) else {
+            let mut earlier = self.earlier.iter();
+            let same = earlier.find(|(sent, _)| sent == update && !self.reader);
+            return same.map(|(_, change)| *change);
+        };
         let owed = || {
             let full = self.full;
             typed.arrived.is_some_and(|arrived| {

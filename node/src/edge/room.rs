@@ -17,7 +17,7 @@ use collab_core::limits::{
     PRESENCE_BYTES_BURST, PRESENCE_BYTES_PER_SECOND_MAX, READER_EDITS_BURST,
     READER_EDITS_PER_SECOND_MAX, SOCKET_QUEUE_BYTES_MAX, UNCOMMITTED_BYTES_MAX, UNSAVED_BYTES_MAX,
 };
-use collab_core::scan;
+use collab_core::scan::{self, Novelty};
 use collab_core::wire::hocuspocus::Status;
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable, UpdateKind};
 use collab_core::wire::y_websocket::Message;
@@ -25,7 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
-use yrs::{ClientID, StateVector};
+use yrs::{ClientID, StateVector, diff_updates_v1};
 
 use super::family::{Family, Frames, Recent, Shared, Told};
 use super::pace::Pace;
@@ -237,6 +237,9 @@ struct Socket {
     ended: bool,
     /// The client's state vector, until its whole step 2 is sent.
     step1: Option<Bytes>,
+    /// What a client that may write had when it began, until that is durable. It may have sent some of it on an earlier
+    /// connection, and would take the same bytes for a receipt.
+    began_with: Option<StateVector>,
     feed: Feed,
     /// Edits that wait for the step 2.
     held: Vec<Bytes>,
@@ -270,6 +273,8 @@ struct Socket {
 /// How edits of others come to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Feed {
+    /// They are left out: it has not begun to sync, and its step 2 will have them.
+    Early,
     /// After its step 2, which is awaited.
     Held,
     /// They are left out, and the step 2 that is awaited may not have them: another one is needed.
@@ -686,13 +691,12 @@ impl Room {
         let mut edits = std::mem::take(&mut self.edits);
         let mut frames = Vec::with_capacity(edits.len());
         for socket in self.sockets.values_mut() {
-            if matches!(socket.feed, Feed::Missed | Feed::Behind) {
+            if matches!(socket.feed, Feed::Early | Feed::Missed | Feed::Behind) {
                 continue;
             }
             for edit in &mut edits {
                 if socket.wants(edit) {
-                    let told = Told::Update(&edit.update);
-                    frames.extend(edit.frames.frame(&socket.family, told));
+                    frames.extend(socket.frame_of(edit));
                 }
             }
             if frames.is_empty() {
@@ -1006,7 +1010,8 @@ impl Socket {
             line,
             ended: false,
             step1: None,
-            feed: Feed::Held,
+            began_with: None,
+            feed: Feed::Early,
             held: Vec::new(),
             held_bytes: 0,
             withheld: 0,
@@ -1097,7 +1102,7 @@ impl Socket {
             Feed::Held | Feed::Live => self.feed = Feed::Live,
             // These ask again.
             Feed::Missed => return self.feed = Feed::Held,
-            Feed::Behind => return,
+            Feed::Early | Feed::Behind => return,
         }
         if sync == Sync::Whole {
             self.step1 = None;
@@ -1170,6 +1175,14 @@ impl Socket {
 
     /// The client begins to sync. One that counts its changes is owed a status for each, and forgets those before.
     fn begin(&mut self, state_vector: Bytes, changes: u32) {
+        if self.feed == Feed::Early {
+            self.feed = Feed::Held;
+            let may_write = self.visitor.access == Access::Write;
+            let bounded = may_write && scan::scan_state_vector(&state_vector).is_ok();
+            self.began_with = bounded
+                .then(|| StateVector::decode_v1(&state_vector).ok())
+                .flatten();
+        }
         self.step1 = Some(state_vector);
         if let Family::Hocuspocus { .. } = self.family {
             for owed in &mut self.owed {
@@ -1225,6 +1238,24 @@ impl Socket {
             |owed: &Owed| matches!(&owed.receipt, Receipt::Echo(sent) if *sent == edit.update);
         Some(self.connection) != edit.except
             && !(self.echoes.contains(&edit.checksum) && self.owed.iter().any(sent))
+    }
+
+    /// An edit of somebody else, without what its client had when it began.
+    fn frame_of(&self, edit: &mut Edit) -> Option<Bytes> {
+        if let Some(known) = &self.began_with
+            && let Ok(scan) = scan::scan_stored(&edit.update)
+        {
+            let deletes = match scan.novelty(|client| known.get(&ClientID::new(client))) {
+                Novelty::Nothing => return None,
+                Novelty::MaybeDeletes => diff_updates_v1(&edit.update, &known.encode_v1()).ok(),
+                Novelty::New => None,
+            };
+            if let Some(deletes) = deletes {
+                return self.family.frame(Told::Update(&deletes));
+            }
+        }
+        let told = Told::Update(&edit.update);
+        edit.frames.frame(&self.family, told)
     }
 
     /// Counts an update and notes what is owed for it. Answers its number, unless it answers an owner
@@ -1301,6 +1332,8 @@ impl Socket {
 
     fn receipted(&mut self, upto: u64, ack_seconds: &prometheus::Histogram) {
         self.durable = self.durable.max(upto);
+        // The first one is for its answer, which has all that it began with.
+        self.began_with = None;
         let now = Instant::now();
         let mut frames = Vec::new();
         while let Some(owed) = self.owed.pop_front_if(|owed| owed.number <= self.durable) {
@@ -1382,6 +1415,7 @@ mod tests {
     use collab_core::wire::{hocuspocus, y_sweet, y_websocket};
     use futures::FutureExt;
     use tokio::sync::Semaphore;
+    use yrs::{Doc, ReadTxn, Text, Transact, TransactionMut};
 
     use super::super::outbox::{Outbox, Taken, Taker};
     use super::*;
@@ -1468,6 +1502,54 @@ mod tests {
         assert!(socket.wants(&edit(None, 2)) && !socket.wants(&edit(None, 3)));
         socket.receipted(3, &seconds());
         assert!(socket.wants(&edit(None, 3)));
+    }
+
+    /// What it sent on an earlier connection may come in after it has begun anew, and was seen to when a frozen node went on:
+    /// the edits were passed on, and never committed.
+    #[test]
+    fn what_a_client_had_when_it_began_does_not_come_back_before_it_is_durable() {
+        let doc = Doc::with_client_id(1);
+        let text = doc.get_or_insert_text("quill");
+        let typed = transact(&doc, |change| text.insert(change, 0, "typed"));
+        let replaced = transact(&doc, |change| {
+            text.remove_range(change, 0, 2);
+            text.push(change, "over");
+        });
+        let began = doc.transact().state_vector();
+        let later = transact(&doc, |change| text.push(change, "later"));
+
+        let (mut socket, _queue) = socket(Family::YWebsocket, Access::Write);
+        socket.feed = Feed::Early;
+        socket.begin(began.encode_v1().into(), 1);
+        let frame = |socket: &Socket, update: &Bytes| {
+            let mut edit = Edit::new(Some(ConnectionId(8)), update.clone());
+            socket.frame_of(&mut edit)
+        };
+        assert_eq!(frame(&socket, &typed), None);
+        let deletes = diff_updates_v1(&replaced, &began.encode_v1()).expect("it is an update");
+        assert_ne!(deletes, replaced, "the client would know it again");
+        assert_eq!(
+            frame(&socket, &replaced),
+            Some(y_websocket::update(&deletes)),
+            "another client may have deleted that"
+        );
+        assert_eq!(frame(&socket, &later), Some(y_websocket::update(&later)));
+        socket.receipted(1, &seconds());
+        assert_eq!(frame(&socket, &typed), Some(y_websocket::update(&typed)));
+    }
+
+    #[test]
+    fn a_socket_that_has_not_begun_to_sync_keeps_no_edits() {
+        let (mut socket, queue) = socket(Family::YWebsocket, Access::Write);
+        socket.feed = Feed::Early;
+        socket.hold(Bytes::from_static(b"in its step 2"));
+        socket.begin(Bytes::from_static(&NO_CLOCKS), 1);
+        socket.hold(Bytes::from_static(b"later"));
+        let state = Bytes::from_static(b"state");
+        socket.sync(&state, Sync::Whole, &mut Recent::default());
+        let sent: Vec<Bytes> = std::iter::from_fn(|| queue.try_take()).collect();
+        let step2 = y_websocket::sync_step2(&state);
+        assert_eq!(sent, [step2, Bytes::from_static(b"later")]);
     }
 
     #[test]
@@ -1691,7 +1773,15 @@ mod tests {
             out,
             credit: Arc::new(Semaphore::new(8)),
         };
-        (Socket::new(CONNECTION, visitor, family, line), queue)
+        let mut socket = Socket::new(CONNECTION, visitor, family, line);
+        socket.feed = Feed::Held;
+        (socket, queue)
+    }
+
+    fn transact(doc: &Doc, act: impl FnOnce(&mut TransactionMut<'_>)) -> Bytes {
+        let mut change = doc.transact_mut();
+        act(&mut change);
+        change.encode_update_v1().into()
     }
 
     fn update(byte: u8) -> Bytes {
