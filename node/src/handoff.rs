@@ -172,7 +172,7 @@ impl Handoff {
 
     async fn hand_over_to(&self, target: Uuid, slots: Vec<Ownership>) -> bool {
         self.preload(target, &slots).await;
-        let begun = Instant::now();
+        let (begun, asked) = (Instant::now(), self.store.failovers());
         let settled = join_all(
             slots
                 .iter()
@@ -193,7 +193,7 @@ impl Handoff {
             self.members.look_now();
             Vec::new()
         });
-        self.members.note(&moved, target);
+        self.members.note(&moved, target, asked);
         let epochs: BTreeMap<_, Epoch> = moved.into_iter().collect();
         for ownership in &slots {
             let result = if let Some(epoch) = epochs.get(&ownership.slot) {

@@ -31,8 +31,8 @@ use uuid::{Builder, Uuid};
 
 use crate::metrics::Metrics;
 use crate::store::{
-    Claim, Judgement, MapChange, Member, Ownership, Placement, Registration, Renewal, Renewed,
-    SlotRow, Store, StoreError,
+    Claim, Failovers, Judgement, MapChange, Member, Ownership, Placement, Registration, Renewal,
+    Renewed, SlotRow, Store, StoreError,
 };
 use crate::watched::{Watched, Watcher};
 
@@ -439,6 +439,8 @@ pub struct Members {
     renew_now: Notify,
     adopt_now: Notify,
     draining: AtomicBool,
+    /// Other nodes have told of owners while the store did not answer: they may not know of a failover.
+    learned: AtomicBool,
     /// No other member can exist: own at once instead of watching first.
     alone: bool,
 }
@@ -480,6 +482,7 @@ impl Members {
             renew_now: Notify::new(),
             adopt_now: Notify::new(),
             draining: AtomicBool::new(false),
+            learned: AtomicBool::new(false),
             alone,
         })
     }
@@ -548,7 +551,11 @@ impl Members {
     /// Takes what a peer knows of the slots, while the store does not answer here.
     pub fn learn_from_peer(&self, shared: &SharedMap, now: Instant) {
         if !self.lease_held() {
-            self.publish(|map| map.learn_from_peer(shared, now));
+            self.publish(|map| {
+                let learned = map.learn_from_peer(shared, now);
+                self.learned.fetch_or(learned, Ordering::AcqRel);
+                learned
+            });
         }
     }
 
@@ -749,24 +756,25 @@ impl Members {
         while self.lease().renewed.is_none() {
             let _ = timeout(MAP_POLL_EVERY, self.look_now.notified()).await;
         }
-        let mut horizon = 0;
+        let (mut horizon, mut trust) = (0, Trust::Newer);
         loop {
-            // The rows of a new primary may be older than what is known here: then they count as they are.
-            let trust = if self.store.failovers().is_pending() {
-                if !self.take_back().await {
-                    sleep(MAP_POLL_EVERY).await;
-                    continue;
-                }
-                horizon = 0;
-                Trust::AsTheyAre
-            } else {
-                Trust::Newer
-            };
+            let failed_over = self.store.failovers().is_pending();
+            if failed_over && !self.take_back().await {
+                sleep(MAP_POLL_EVERY).await;
+                continue;
+            }
+            // The rows may be older than what is known here, or than what others know: until they are read they count as
+            // they are.
+            let heard = self.lease_held() && self.learned.swap(false, Ordering::AcqRel);
+            if failed_over || heard {
+                (horizon, trust) = (0, Trust::AsTheyAre);
+            }
             match self.store.map(horizon).await {
                 Ok(change) => {
                     let is_first = horizon == 0;
                     horizon = change.horizon;
                     self.publish(|map| map.take(change, trust));
+                    trust = Trust::Newer;
                     if is_first {
                         // Who starts where its predecessor ended is waited for.
                         self.adopt_now.notify_one();
@@ -791,6 +799,7 @@ impl Members {
     async fn take_back(&self) -> bool {
         self.lease().failed_over = Some(Instant::now());
         let held = self.owned();
+        let asked = self.store.failovers();
         match self.store.reclaim(self.incarnation(), &held).await {
             Ok(taken) => {
                 tracing::warn!(
@@ -798,7 +807,7 @@ impl Members {
                     slots = taken.len(),
                     "took slots back after a failover of the database"
                 );
-                self.note(&taken, self.incarnation());
+                self.note(&taken, self.incarnation(), asked);
                 true
             }
             Err(error) => {
@@ -858,8 +867,12 @@ impl Members {
         }
     }
 
-    /// Shows an own change of ownership before the map is read again.
-    pub fn note(&self, slots: &[(Slot, Epoch)], owner: Uuid) {
+    /// Shows an own change of ownership before the map is read again; `asked` is how it stood with failovers of the database
+    /// when the change was asked for. After another one it may be lost, and the map may have been read without it.
+    pub fn note(&self, slots: &[(Slot, Epoch)], owner: Uuid, asked: Failovers) {
+        if asked.seen != self.store.failovers().seen {
+            return self.look_now();
+        }
         self.publish(|map| {
             for (slot, epoch) in slots {
                 if let Some(row) = map.owners.get_mut(usize::from(slot.0))
@@ -887,7 +900,7 @@ impl Members {
     }
 
     async fn claim(&self, slots: &[Slot]) {
-        let begun = Instant::now();
+        let (begun, asked) = (Instant::now(), self.store.failovers());
         let claim = if Mutant::AdoptionAfterOutage.is_active() {
             Claim::Orphaned
         } else {
@@ -899,7 +912,7 @@ impl Members {
                 self.metrics.adoptions.inc_by(taken.len() as u64);
                 let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
                 tracing::info!(slots = taken.len(), duration_ms, "adopted slots");
-                self.note(&taken, self.incarnation());
+                self.note(&taken, self.incarnation(), asked);
             }
             Err(error) => tracing::warn!(%error, "cannot adopt slots"),
         }
@@ -1022,6 +1035,7 @@ mod tests {
     use collab_core::limits::SLOTS_MIN;
 
     use super::*;
+    use crate::store::memory::Database;
 
     const ME: Uuid = Uuid::from_u128(1);
     const OTHER: Uuid = Uuid::from_u128(2);
@@ -1071,6 +1085,36 @@ mod tests {
         assert!(!mine.learn_from_peer(&older, now));
         assert!(!mine.learn_from_peer(&newer, now));
         assert_eq!(mine.owner(Slot(0)).unwrap().incarnation, OTHER);
+    }
+
+    /// The answer to a claim came in when the map of the new primary, which has nothing of it, was read already: the slot had
+    /// an owner that did not know of it.
+    #[tokio::test]
+    async fn a_claim_that_a_failover_may_have_lost_is_not_noted() {
+        let database = Database::default();
+        let registration = Registration {
+            node: NodeId("me".to_owned()),
+            incarnation: ME,
+            pod_uid: "me".to_owned(),
+            address: "host:1".to_owned(),
+            zone: String::new(),
+            weight: 100,
+        };
+        let store = Arc::new(database.sessions());
+        let members = Members::new(store, Metrics::new(), registration, SLOTS_MIN, false);
+        members.publish(|known| {
+            *known = map();
+            true
+        });
+        let asked = members.store.failovers();
+        let epoch = || members.map().owners[0].epoch;
+        members.note(&[(Slot(0), Epoch(2))], ME, asked);
+        assert_eq!(epoch(), Epoch(2));
+        database.fail_over(0);
+        members.note(&[(Slot(0), Epoch(3))], ME, asked);
+        assert_eq!(epoch(), Epoch(2));
+        members.note(&[(Slot(0), Epoch(3))], ME, members.store.failovers());
+        assert_eq!(epoch(), Epoch(3));
     }
 
     /// As after the claim of every other slot of a node that died.
