@@ -75,16 +75,17 @@ async fn what_the_light_called_saved_survives_a_kill() -> Result<()> {
     let words = |who: &str| (0..60).map(|n| format!("{who}{n};")).collect::<Vec<_>>();
     let (of_anna, of_ben) = (words("a"), words("b"));
     // A busy machine may save nothing between two keys: some words are saved before the rest is typed without a rest.
-    let (saved, typed) = (..20, 20..);
+    let (first_of_anna, rest_of_anna) = of_anna.split_at(20);
+    let (first_of_ben, rest_of_ben) = of_ben.split_at(20);
     both_write(
         &anna,
         &ben,
-        &of_anna[saved].join(" "),
-        &of_ben[saved].join(" "),
+        &first_of_anna.join(" "),
+        &first_of_ben.join(" "),
     )
     .await?;
     both_saved_and_equal(&anna, &ben).await?;
-    let (for_anna, for_ben) = (of_anna[typed.clone()].join(" "), of_ben[typed].join(" "));
+    let (for_anna, for_ben) = (rest_of_anna.join(" "), rest_of_ben.join(" "));
     let (written, killed) = tokio::join!(both_write(&anna, &ben, &for_anna, &for_ben), async {
         anna.contains("a30;").await?;
         node.kill()

@@ -1178,10 +1178,9 @@ impl Socket {
         if self.feed == Feed::Early {
             self.feed = Feed::Held;
             let may_write = self.visitor.access == Access::Write;
-            let bounded = may_write && scan::scan_state_vector(&state_vector).is_ok();
-            self.began_with = bounded
-                .then(|| StateVector::decode_v1(&state_vector).ok())
-                .flatten();
+            if may_write && scan::scan_state_vector(&state_vector).is_ok() {
+                self.began_with = StateVector::decode_v1(&state_vector).ok();
+            }
         }
         self.step1 = Some(state_vector);
         if let Family::Hocuspocus { .. } = self.family {
