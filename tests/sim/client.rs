@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -85,7 +85,7 @@ struct Client {
     random: StdRng,
     commands: mpsc::UnboundedReceiver<Command>,
     connection: Option<Open>,
-    /// The connection before, if there was one.
+    /// What went on the newest connection, be it open or not.
     sent: Arc<Mutex<Sent>>,
     failures: u32,
     retry_at: Instant,
@@ -104,7 +104,6 @@ struct Open {
     link: Arc<Connection>,
     to: mpsc::Sender<(Instant, WsMessage)>,
     from: mpsc::Receiver<Arrival>,
-    sent: Arc<Mutex<Sent>>,
     upgraded: bool,
     heard: Instant,
 }
@@ -287,10 +286,9 @@ impl Client {
 
     fn connect(&mut self) {
         let shares = self.handle.shares.clone();
-        let earlier = self.sent.lock().expect("nobody panics with it").all();
+        let earlier = self.sent().all();
         let sent = Sent::by(self.handle.reader, shares).after(earlier);
-        let sent = Arc::new(Mutex::new(sent));
-        self.sent = sent.clone();
+        self.sent = Arc::new(Mutex::new(sent));
         let pod = self.world.pod_for_client(&mut self.random);
         let host = Host::Client(self.handle.number);
         let link = self.world.network.connection(host, Host::Pod(pod));
@@ -303,7 +301,7 @@ impl Client {
             from: inbound,
             to: PollSender::new(outbound),
             document: self.handle.document.clone(),
-            sent: sent.clone(),
+            sent: self.sent.clone(),
             witness: self.witness.clone(),
             client: self.handle.number,
             access: if self.handle.reader {
@@ -324,7 +322,6 @@ impl Client {
             link,
             to,
             from,
-            sent,
             upgraded: false,
             heard: Instant::now(),
         });
@@ -380,10 +377,7 @@ impl Client {
                 self.ask();
             }
             Message::SyncStep2 { update } | Message::Update { update } => {
-                let change = self.connection.as_ref().and_then(|open| {
-                    let sent = open.sent.lock().expect("nobody panics with it");
-                    sent.echoed(update)
-                });
+                let change = self.sent().echoed(update);
                 let shares = self.handle.shares.load(Ordering::Relaxed);
                 if let Some(change) = change.filter(|_| !shares) {
                     self.acked(&[change]);
@@ -391,10 +385,7 @@ impl Client {
                 self.handle.replica.apply(update);
             }
             Message::Saved { payload } => {
-                let changes = self.connection.as_ref().and_then(|open| {
-                    let sent = open.sent.lock().expect("nobody panics with it");
-                    sent.asked(payload).map(<[Change]>::to_vec)
-                });
+                let changes = self.sent().asked(payload).map(<[Change]>::to_vec);
                 self.acked(&changes.unwrap_or_default());
             }
             Message::Awareness(_) | Message::QueryAwareness | Message::PermissionDenied { .. } => {}
@@ -483,9 +474,8 @@ impl Client {
             let inserts = matches!(change, Change::Insert(_));
             // Who asks takes nothing else for a receipt.
             let echoes = inserts && !self.explicit;
-            if let Some(open) = self.connection.as_ref().filter(|_| echoes) {
-                let mut sent = open.sent.lock().expect("nobody panics with it");
-                sent.update(update.clone(), change);
+            if echoes {
+                self.sent().update(update.clone(), change);
             }
             self.send(y_websocket::update(&update));
             // A deletion does not say whose it is: the return of its bytes may be somebody else's.
@@ -501,11 +491,12 @@ impl Client {
         let mut payload = Vec::new();
         write_var_uint(&mut payload, self.asked);
         let changes = self.pending();
-        if let Some(open) = &self.connection {
-            let mut sent = open.sent.lock().expect("nobody panics with it");
-            sent.ask(payload.clone(), changes);
-        }
+        self.sent().ask(payload.clone(), changes);
         self.send(y_sweet::saved(&payload));
+    }
+
+    fn sent(&self) -> MutexGuard<'_, Sent> {
+        self.sent.lock().expect("nobody panics with it")
     }
 
     fn pending(&self) -> Vec<Change> {
