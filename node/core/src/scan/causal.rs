@@ -114,6 +114,31 @@ impl Scan<'_> {
         }
     }
 
+    /// The first of these that the update does not delete as a whole.
+    pub(super) fn not_deleted(&self, clocks: &[Delete]) -> Option<Delete> {
+        if clocks.is_empty() {
+            return None;
+        }
+        let mut deletes: Vec<Delete> = Vec::new();
+        for delete in self.deletes() {
+            match deletes.last_mut() {
+                Some(last) if (last.client, last.end) == (delete.client, delete.start) => {
+                    last.end = delete.end;
+                }
+                _ => deletes.push(delete),
+            }
+        }
+        deletes.sort_unstable();
+        let is_deleted = |clocks: &Delete| {
+            let begins =
+                |delete: &Delete| (delete.client, delete.start) <= (clocks.client, clocks.start);
+            let behind = deletes.partition_point(begins);
+            let before = behind.checked_sub(1).map(|at| deletes[at]);
+            before.is_some_and(|at| at.client == clocks.client && clocks.end <= at.end)
+        };
+        clocks.iter().find(|clocks| !is_deleted(clocks)).copied()
+    }
+
     fn deletes(&self) -> impl Iterator<Item = Delete> {
         let (mut source, mut clients, mut ranges, mut client) =
             (self.deletes, self.delete_clients, 0, 0);
@@ -133,10 +158,11 @@ impl Scan<'_> {
 }
 
 /// Deleted clocks of a client.
-struct Delete {
-    client: u64,
-    start: u32,
-    end: u32,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Delete {
+    pub(super) client: u64,
+    pub(super) start: u32,
+    pub(super) end: u32,
 }
 
 /// How far each section can be integrated into the document.

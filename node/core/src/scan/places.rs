@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 
 use super::Scan;
-use super::causal::{Gap, Walk};
+use super::causal::{Delete, Gap, Walk};
 use super::structs::{Content, Id, Pass, Place, Struct};
 use super::tails::Tail;
 use crate::limits::DOCUMENT_DEPTH_MAX;
@@ -142,12 +142,21 @@ impl Places {
         let next_clock = |client: u64| ends.get(&client).copied().unwrap_or_default();
         let lists = kept.kinds.len();
         let mut taken = Ok(());
+        let mut superseded = Vec::new();
         let mut walk = Walk::new(scan, next_clock);
         walk.run(|id, read| {
             if taken.is_ok() {
-                taken = kept.take_struct(id, read, next_clock(id.client));
+                let values = kept.take_struct(id, read, next_clock(id.client));
+                taken = values.map(|values| superseded.extend(values));
             }
         });
+        if let Some(left) = scan.not_deleted(&superseded) {
+            taken = taken.and(Err(Misplaced {
+                what: "several values of a key at once",
+                client: left.client,
+                clock: left.start,
+            }));
+        }
         if let Some(Gap { client, clock }) = walk.gap() {
             taken = taken.and(Err(Misplaced {
                 what: "something missing",
@@ -172,8 +181,15 @@ impl Places {
 }
 
 impl Kept {
-    /// Takes in a struct of which the document has the clocks before `known`.
-    fn take_struct(&mut self, id: Id, read: &Struct<'_>, known: u32) -> Result<(), Misplaced> {
+    /// Takes in a struct of which the document has the clocks before `known`. Answers what the update has to delete:
+    /// values of a key that others in the same struct follow. `yrs` deletes only values in structs before it, and
+    /// with a deleted type it would leave these behind, in freed memory.
+    fn take_struct(
+        &mut self,
+        id: Id,
+        read: &Struct<'_>,
+        known: u32,
+    ) -> Result<Option<Delete>, Misplaced> {
         let misplaced = |what| Misplaced {
             what,
             client: id.client,
@@ -206,7 +222,14 @@ impl Kept {
                 at,
             });
         }
-        Ok(())
+        let superseded = Delete {
+            client: id.client,
+            start: id.clock.max(known),
+            end: read.end - 1,
+        };
+        let is_followed = superseded.start < superseded.end
+            && matches!(at, At::In { list, content: Content::Value } if self.kinds[list].keyed);
+        Ok(is_followed.then_some(superseded))
     }
 
     fn place(&mut self, read: &Struct<'_>) -> Result<At, &'static str> {
@@ -372,6 +395,26 @@ mod tests {
         }
         let text_of_another_key = [0x24, 1, 1, b'r', 1, b'l', 1, b'x'];
         assert!(take(&mut places, 2, 0, &[&text_of_another_key]).is_err());
+    }
+
+    /// A client that keeps what it deletes joins values that it has overwritten, and sends them so.
+    #[test]
+    fn of_several_values_of_a_key_all_but_the_last_are_deleted() {
+        let values = [0x28, 1, 1, b'r', 1, b'k', 3, 126, 126, 126];
+        let gone = [0x21, 1, 1, b'r', 1, b'k', 3];
+        let fits = |item: &[u8], deletes: &[u8]| {
+            let update = [&[1, 1, 1, 0], item, deletes].concat();
+            Places::default()
+                .take(&scan_update(&update).unwrap())
+                .is_ok()
+        };
+        assert!(!fits(&values, &[0]));
+        assert!(!fits(&values, &[1, 1, 1, 1, 2]), "the first is left");
+        assert!(!fits(&values, &[1, 1, 1, 0, 1]), "the second is left");
+        assert!(!fits(&values, &[1, 2, 1, 0, 3]), "another client's");
+        assert!(fits(&values, &[1, 1, 1, 0, 2]));
+        assert!(fits(&values, &[1, 1, 2, 0, 1, 1, 1]), "in two ranges");
+        assert!(fits(&gone, &[0]), "what is gone needs no deletion");
     }
 
     #[test]
