@@ -4,7 +4,8 @@
 //! next batch. At most two batches are in flight, never two that share a slot: a slot whose last
 //! batch is unresolved waits, so that positions enter the log in order and a claim never waits for
 //! more than one statement. A batch whose outcome is not known is resolved before anything else of
-//! its slots. An append that the store refuses for ever ends its document and holds up nothing else.
+//! its slots. An append that the store refuses for ever ends its document and holds up nothing else; nor does a lock
+//! that somebody holds on a slot: see [`HeldUp`].
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -87,6 +88,7 @@ struct Writer {
 async fn run(writer: Arc<Writer>, mut queued: queue::Receiver<Queued>) {
     let mut waiting = VecDeque::<Queued>::new();
     let mut busy = BTreeSet::<Slot>::new();
+    let mut held_up = HeldUp::default();
     let mut flights = FuturesUnordered::<JoinHandle<Landed>>::new();
     // Documents whose log has a hole in this process: what they queued after it must not be written.
     let mut ended = Vec::<queue::Sender<LogEvent>>::new();
@@ -96,6 +98,10 @@ async fn run(writer: Arc<Writer>, mut queued: queue::Receiver<Queued>) {
             Some(landed) = flights.next() => match landed {
                 Ok(landed) => {
                     busy.retain(|slot| !landed.slots.contains(slot));
+                    held_up.landed(&landed.slots, !landed.locked.is_empty());
+                    for queued in landed.locked.into_iter().rev() {
+                        waiting.push_front(queued);
+                    }
                     ended.extend(landed.ended);
                 }
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -116,7 +122,11 @@ async fn run(writer: Arc<Writer>, mut queued: queue::Receiver<Queued>) {
             !ended && !queued.reply.is_closed()
         });
         while flights.len() < BATCHES_IN_FLIGHT_MAX {
-            let batch = take_batch(&mut waiting, &busy);
+            let mut batch = held_up.take_batch(&mut waiting);
+            if batch.is_empty() {
+                let may_go = |slot| !busy.contains(&slot) && !held_up.turns.contains(&slot);
+                batch = take_batch(&mut waiting, may_go);
+            }
             if batch.is_empty() {
                 break;
             }
@@ -128,10 +138,11 @@ async fn run(writer: Arc<Writer>, mut queued: queue::Receiver<Queued>) {
                 busy.extend(&slots);
             }
             let flying = writer.clone();
-            flights.push(writer.tasks.spawn(async move {
-                let ended = flying.commit(batch).await;
-                Landed { slots, ended }
-            }));
+            flights.push(
+                writer
+                    .tasks
+                    .spawn(async move { flying.commit(slots, batch).await }),
+            );
         }
     }
 }
@@ -141,11 +152,45 @@ struct Landed {
     slots: BTreeSet<Slot>,
     /// Documents that cannot go on.
     ended: Vec<queue::Sender<LogEvent>>,
+    /// The whole batch, if it waited in vain for a lock.
+    locked: Vec<Queued>,
 }
 
-/// Takes what may go now, in order: nothing of a slot that is in flight, one epoch per slot (the fence
+/// Slots whose batch waited in vain for a lock. Each goes alone now, one at a time and in turn: whoever holds a lock on
+/// one slot holds up no other, and one flight is always left for those that were never held up.
+#[derive(Debug, Default)]
+struct HeldUp {
+    turns: VecDeque<Slot>,
+    flying: Option<Slot>,
+}
+
+impl HeldUp {
+    /// The next batch of such a slot, unless one is in flight.
+    fn take_batch(&mut self, waiting: &mut VecDeque<Queued>) -> Vec<Queued> {
+        while self.flying.is_none()
+            && let Some(turn) = self.turns.pop_front()
+        {
+            let batch = take_batch(waiting, |slot| slot == turn);
+            // The documents of a slot may have been let go meanwhile.
+            if !batch.is_empty() {
+                self.flying = Some(turn);
+                return batch;
+            }
+        }
+        Vec::new()
+    }
+
+    fn landed(&mut self, slots: &BTreeSet<Slot>, locked: bool) {
+        self.flying = self.flying.filter(|slot| !slots.contains(slot));
+        if locked {
+            self.turns.extend(slots);
+        }
+    }
+}
+
+/// Takes what may go now, in order: of slots that `may_go`, one epoch per slot (the fence
 /// speaks of slots, so a stale append must not ride with a fresh one), and within the bounds of a batch.
-fn take_batch(waiting: &mut VecDeque<Queued>, busy: &BTreeSet<Slot>) -> Vec<Queued> {
+fn take_batch(waiting: &mut VecDeque<Queued>, may_go: impl Fn(Slot) -> bool) -> Vec<Queued> {
     let mut batch = Vec::new();
     let mut epochs = BTreeMap::<Slot, Epoch>::new();
     let mut bytes = 0;
@@ -159,7 +204,7 @@ fn take_batch(waiting: &mut VecDeque<Queued>, busy: &BTreeSet<Slot>) -> Vec<Queu
             break;
         }
         let Ownership { slot, epoch, .. } = next.append.ownership;
-        if busy.contains(&slot) || *epochs.entry(slot).or_insert(epoch) != epoch {
+        if !may_go(slot) || *epochs.entry(slot).or_insert(epoch) != epoch {
             passed_over.push_back(next);
         } else {
             bytes += size;
@@ -172,17 +217,25 @@ fn take_batch(waiting: &mut VecDeque<Queued>, busy: &BTreeSet<Slot>) -> Vec<Queu
 }
 
 impl Writer {
-    /// Brings a batch to a known end, tells its documents, and answers those that cannot go on.
-    async fn commit(&self, batch: Vec<Queued>) -> Vec<queue::Sender<LogEvent>> {
+    /// Brings a batch to a known end and tells its documents.
+    async fn commit(&self, slots: BTreeSet<Slot>, batch: Vec<Queued>) -> Landed {
         self.metrics
             .append_batch_updates
             .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
         let appends: Vec<Append> = batch.iter().map(|queued| queued.append.clone()).collect();
         let begun = Instant::now();
-        let outcomes = self.resolve(&appends).await;
+        let resolved = self.resolve(&appends).await;
         self.metrics
             .append_seconds
             .observe(begun.elapsed().as_secs_f64());
+        let Ok(outcomes) = resolved else {
+            let (ended, locked) = (Vec::new(), batch);
+            return Landed {
+                slots,
+                ended,
+                locked,
+            };
+        };
         // One event per document: its last position, or what went wrong first.
         let mut events = BTreeMap::<DocumentId, (LogEvent, queue::Sender<LogEvent>)>::new();
         for (queued, outcome) in batch.into_iter().zip(outcomes) {
@@ -210,21 +263,29 @@ impl Writer {
             // A document that was let go meanwhile needs no answer.
             let _ = reply.send(event);
         }
-        ended
+        Landed {
+            slots,
+            ended,
+            locked: Vec::new(),
+        }
     }
 
-    /// Appends until every outcome is known. The statement is keyed by document and position, so that
-    /// saying it again is safe.
-    async fn resolve(&self, appends: &[Append]) -> Vec<Outcome> {
+    /// Appends until every outcome is known, or a lock was waited for in vain. The statement is keyed by document and
+    /// position, so that saying it again is safe.
+    async fn resolve(&self, appends: &[Append]) -> Result<Vec<Outcome>, Locked> {
         loop {
             // Without the lease others may adopt: what is queued waits for a renewal or for the fence.
             if self.members.lease_held() {
                 match self.try_once(appends).await {
-                    Ok(outcomes) => return outcomes,
+                    Ok(outcomes) => return Ok(outcomes),
+                    Err(StoreError::Locked(error)) => {
+                        tracing::warn!(%error, updates = appends.len(), "somebody holds a lock on a slot; its updates wait");
+                        return Err(Locked);
+                    }
                     Err(StoreError::Unusable(reason)) => match appends {
                         [append] => {
                             tracing::error!(document.id = %append.document, seq = %append.seq, reason, "the store refuses an append for ever");
-                            return vec![Outcome::Refused];
+                            return Ok(vec![Outcome::Refused]);
                         }
                         _ => return self.resolve_each(appends).await,
                     },
@@ -239,14 +300,14 @@ impl Writer {
     }
 
     /// Finds out which append of a batch is refused for ever: the documents of the others go on.
-    async fn resolve_each(&self, appends: &[Append]) -> Vec<Outcome> {
+    async fn resolve_each(&self, appends: &[Append]) -> Result<Vec<Outcome>, Locked> {
         let mut ended = BTreeMap::<&DocumentId, Outcome>::new();
         let mut outcomes = Vec::with_capacity(appends.len());
         for append in appends {
             let outcome = if let Some(earlier) = ended.get(&append.document) {
                 *earlier
             } else {
-                let alone = Box::pin(self.resolve(std::slice::from_ref(append))).await;
+                let alone = Box::pin(self.resolve(std::slice::from_ref(append))).await?;
                 alone.first().copied().unwrap_or(Outcome::Refused)
             };
             if outcome != Outcome::Committed {
@@ -254,7 +315,7 @@ impl Writer {
             }
             outcomes.push(outcome);
         }
-        outcomes
+        Ok(outcomes)
     }
 
     async fn try_once(&self, appends: &[Append]) -> Result<Vec<Outcome>, StoreError> {
@@ -302,6 +363,9 @@ impl Writer {
     }
 }
 
+/// Nothing was written in vain: what was is found again when the batch is sent once more.
+struct Locked;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Committed,
@@ -333,10 +397,10 @@ mod tests {
             .into_iter()
             .map(queued)
             .collect();
-        let batch = take_batch(&mut waiting, &BTreeSet::from([Slot(2)]));
+        let batch = take_batch(&mut waiting, |slot| slot != Slot(2));
         assert_eq!(names(&batch), ["a1", "a2", "c1"]);
         assert_eq!(names(waiting.make_contiguous()), ["b1"]);
-        assert_eq!(names(&take_batch(&mut waiting, &BTreeSet::new())), ["b1"]);
+        assert_eq!(names(&take_batch(&mut waiting, |_| true)), ["b1"]);
     }
 
     #[test]
@@ -344,7 +408,7 @@ mod tests {
         let many = i64::try_from(BATCH_UPDATES_MAX).unwrap() + 2;
         let mut waiting: VecDeque<Queued> = (1..=many).map(|seq| queued(("a", 1, seq))).collect();
         waiting.push_front(queued(("b", 2, 7)));
-        let batch = take_batch(&mut waiting, &BTreeSet::from([Slot(2)]));
+        let batch = take_batch(&mut waiting, |slot| slot != Slot(2));
         assert_eq!(batch.len(), BATCH_UPDATES_MAX);
         assert_eq!(names(waiting.make_contiguous()), ["b7", "a1001", "a1002"]);
     }
@@ -354,11 +418,39 @@ mod tests {
         let mut stale = queued(("a", 1, 9));
         stale.append.ownership.epoch = Epoch(0);
         let mut waiting = VecDeque::from([stale, queued(("a", 1, 5)), queued(("b", 2, 1))]);
-        assert_eq!(
-            names(&take_batch(&mut waiting, &BTreeSet::new())),
-            ["a9", "b1"]
-        );
-        assert_eq!(names(&take_batch(&mut waiting, &BTreeSet::new())), ["a5"]);
+        assert_eq!(names(&take_batch(&mut waiting, |_| true)), ["a9", "b1"]);
+        assert_eq!(names(&take_batch(&mut waiting, |_| true)), ["a5"]);
+    }
+
+    #[test]
+    fn slots_that_are_held_up_go_alone_and_in_turn() {
+        let mut waiting: VecDeque<Queued> = [
+            ("a", 1, 1),
+            ("b", 2, 1),
+            ("c", 3, 1),
+            ("b", 2, 2),
+            ("d", 4, 1),
+        ]
+        .into_iter()
+        .map(queued)
+        .collect();
+        let mut held_up = HeldUp::default();
+        held_up.landed(&BTreeSet::from([Slot(1), Slot(2), Slot(7)]), true);
+        assert_eq!(names(&held_up.take_batch(&mut waiting)), ["a1"]);
+        assert!(held_up.take_batch(&mut waiting).is_empty(), "one at a time");
+        // Another batch lands meanwhile.
+        held_up.landed(&BTreeSet::from([Slot(3)]), false);
+        assert!(held_up.take_batch(&mut waiting).is_empty());
+
+        waiting.push_front(queued(("a", 1, 1)));
+        held_up.landed(&BTreeSet::from([Slot(1)]), true);
+        assert_eq!(names(&held_up.take_batch(&mut waiting)), ["b1", "b2"]);
+        held_up.landed(&BTreeSet::from([Slot(2)]), false);
+        // Slot 7 has nothing to write any more.
+        assert_eq!(names(&held_up.take_batch(&mut waiting)), ["a1"]);
+        held_up.landed(&BTreeSet::from([Slot(1)]), false);
+        assert!(held_up.take_batch(&mut waiting).is_empty() && held_up.turns.is_empty());
+        assert_eq!(names(waiting.make_contiguous()), ["c1", "d1"]);
     }
 
     fn queued((document, slot, seq): (&str, u16, i64)) -> Queued {

@@ -326,6 +326,9 @@ pub enum StoreError {
     /// Whether it took effect is not known. Ask again (reads), or resolve by reading (writes).
     #[error("the store did not answer: {0}")]
     Unavailable(#[source] sqlx::Error),
+    /// Somebody else holds a lock that a write needs, and did not let go in time. Nothing was written.
+    #[error("a lock was not let go in time: {0}")]
+    Locked(#[source] sqlx::Error),
     /// The store answered with something this version cannot use: stop and tell a person.
     #[error("the store is not usable: {0}")]
     Unusable(String),

@@ -425,7 +425,7 @@ pub(crate) async fn locks_and_connections(world: &mut World) -> Result<()> {
     sleep(seconds(12)).await;
     let others = longest_silence(world, &[held]);
     sqlx::raw_sql("rollback").execute(&mut session).await?;
-    world.expect(others < seconds(12), || {
+    world.expect(others < seconds(4), || {
         format!("a lock on one slot kept documents of others without receipts for {others:?}")
     });
     world.note(format!(

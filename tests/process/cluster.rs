@@ -459,6 +459,69 @@ async fn a_document_that_the_store_refuses_stops_alone() -> Result<()> {
     everything_acknowledged_is_there(&nodes, &ledger, &names).await
 }
 
+/// More slots are locked than batches may be in flight.
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_of_locked_slots_hold_up_no_others() -> Result<()> {
+    let postgres = Postgres::shared().await;
+    let database = postgres.database().await;
+    let nodes = Nodes::start(1, &database, "none").await?;
+    let names = documents(12);
+    let typists = Typing::new(nodes.urls(), names.clone(), 8).start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+
+    let mut holder = PgConnection::connect(&database).await?;
+    sqlx::raw_sql("begin").execute(&mut holder).await?;
+    let held: Vec<String> = sqlx::query_scalar(
+        "with held as (
+           select slot from slot where slot in (
+             select slot from document where id in ('notes/1', 'notes/2', 'notes/3', 'notes/4')) for update
+         )
+         select id from held join document using (slot)",
+    )
+    .fetch_all(&mut holder)
+    .await?;
+    let locked = now_ms();
+    // What was on its way may still be written.
+    let after = locked + 500.0;
+    let acked = typists.with(Ledger::acked);
+    typists
+        .until(Duration::from_mins(1), |ledger| {
+            acked + 2 * ACKED_MIN <= ledger.acked()
+                && ledger
+                    .next_ack(after, |document, _| {
+                        !held.iter().any(|held| held == document)
+                    })
+                    .values()
+                    .all(Option::is_some)
+        })
+        .await?;
+    let (next, silence) = typists.with(|ledger| {
+        let next = ledger.next_ack(after, |document, _| {
+            held.iter().any(|held| held == document)
+        });
+        let silences = ledger.silences(locked, now_ms()).into_iter();
+        let silence = silences
+            .filter(|silence| !held.contains(&silence.document))
+            .map(|silence| silence.longest)
+            .max();
+        (next.into_values().flatten().count(), silence)
+    });
+    ensure!(
+        next == 0,
+        "{next} documents of locked slots were acknowledged"
+    );
+    sqlx::raw_sql("rollback").execute(&mut holder).await?;
+    let ledger = typists.stop().await?;
+    println!(
+        "the slots of {} documents were locked: {} acked edits, longest silence of the others {silence:?}",
+        held.len(),
+        ledger.acked()
+    );
+    everything_acknowledged_is_there(&nodes, &ledger, &names).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn recorded_sessions_end_alike_everywhere() -> Result<()> {
     let (postgres, redis) = (Postgres::shared().await, Redis::start().await);

@@ -370,6 +370,7 @@ async fn append_until_fenced(
             .bind(vec![checksum; ROWS])
             .bind(vec![bytes.as_slice(); ROWS])
             .bind(vec![""; ROWS])
+            .bind("10s")
             .fetch_one(&mut *session)
             .await
             .unwrap();

@@ -143,6 +143,8 @@ pub const ISOLATED_AFTER: Duration = Duration::from_secs(5);
 pub const ADOPTION_STAGGER: Duration = Duration::from_millis(150);
 /// A member whose last renewal is older than this may be fenced early, if its process is known to be gone.
 pub const EARLY_FENCE_AGE: Duration = Duration::from_millis(600);
+/// A store that takes longer to renew a lease is too slow for an early fence, which the own renewal would have to wait for.
+pub const EARLY_FENCE_RENEWAL_MAX: Duration = Duration::from_millis(300);
 /// Between two early fences by one member: who believes that everybody is gone is probably alone itself.
 pub const EARLY_FENCE_EVERY: Duration = Duration::from_secs(10);
 /// A member that was not heard for this long is told of with the next renewal: see [`crate::control::Silence`].
@@ -165,6 +167,8 @@ pub const LOST_LEASES_KEPT_FOR: Duration = Duration::from_mins(30);
 pub const MAP_POLL_EVERY: Duration = Duration::from_millis(250);
 /// How long a claim waits for a slot's row before it ends the sessions of the fenced owner.
 pub const CLAIM_LOCK_TIMEOUT: Duration = Duration::from_millis(300);
+/// How long an append waits for a slot's row before the other slots of its batch go without it.
+pub const APPEND_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 /// Slots that are handed over at the same time.
 pub const HANDOFF_CONCURRENCY: usize = 16;
 /// How long an owner waits until the target of a handoff has read its documents; then it goes on without.

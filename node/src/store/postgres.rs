@@ -23,7 +23,8 @@ use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_core::limits::{
-    ADOPT_AFTER_STEADY, CLAIM_LOCK_TIMEOUT, LOST_LEASES_KEPT_FOR, RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
+    ADOPT_AFTER_STEADY, APPEND_LOCK_TIMEOUT, CLAIM_LOCK_TIMEOUT, LOST_LEASES_KEPT_FOR,
+    RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
 use collab_core::mutants::Mutant;
 use sqlx::error::DatabaseError;
@@ -68,7 +69,7 @@ const LISTEN_CHECK_EVERY: Duration = Duration::from_secs(10);
 /// Sessions that append and change documents. Few: batches are large and at most two are in flight.
 const WRITE_SESSIONS: u32 = 4;
 /// Sessions for members and slots, apart from the others so that a renewal never waits behind a load.
-const CONTROL_SESSIONS: u32 = 3;
+const CONTROL_SESSIONS: u32 = 5;
 /// Sessions that read documents.
 const READ_SESSIONS: u32 = 4;
 
@@ -78,16 +79,18 @@ const MEMBERS_CHANNEL: &str = "collab_members";
 /// The write rule: inserts the rows whose slots are held, and answers which slots those were.
 ///
 /// `$1..$3` are the slots, epochs and incarnations that the batch claims to hold; `$4..$9` are the
-/// rows: the place of its slot in `$1` (from 1), document, seq, checksum, bytes, author. The answer
-/// has the held slots, and the documents and seqs of the rows that were inserted.
+/// rows: the place of its slot in `$1` (from 1), document, seq, checksum, bytes, author; `$10` is how long each
+/// lock is waited for. The answer has the held slots, and the documents and seqs of the rows that were inserted.
 ///
 /// `for share` conflicts with the lock of a claim and lets appends of other documents of the slot
 /// pass; in order of slot, so that two batches cannot wait for each other.
 pub const APPEND: &str = "
-with want as (
+with patience as materialized (
+  select set_config('lock_timeout', $10, true)
+), want as (
   select * from unnest($1::int[], $2::bigint[], $3::uuid[]) with ordinality as w(slot, epoch, incarnation, place)
 ), held as materialized (
-  select w.place, s.slot, s.epoch from slot s join want w using (slot)
+  select w.place, s.slot, s.epoch from patience, slot s join want w using (slot)
   where s.epoch = w.epoch and s.owner = w.incarnation
   order by s.slot for share of s
 ), put as (
@@ -297,18 +300,21 @@ impl Postgres {
     }
 
     fn failed(&self, error: sqlx::Error) -> StoreError {
-        let class = error
+        let code = error
             .as_database_error()
             .and_then(DatabaseError::code)
-            .and_then(|code| code.get(..2).map(str::to_owned));
-        match (&error, class.as_deref()) {
+            .map(Cow::into_owned);
+        let class = code.as_deref().and_then(|code| code.get(..2));
+        match (&error, class) {
             // 22 data exception, 23 integrity constraint, 42 syntax error or access rule.
             (_, Some("22" | "23" | "42"))
             | (
                 sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::Encode(_),
                 _,
             ) => StoreError::Unusable(error.to_string()),
-            // 40 rolled back, 53 insufficient resources, 55 lock not available: the session is fine.
+            // Lock not available.
+            _ if code.as_deref() == Some("55P03") => StoreError::Locked(error),
+            // 40 rolled back, 53 insufficient resources, 55 not in the state for it: the session is fine.
             (_, Some("40" | "53" | "55")) | (sqlx::Error::PoolTimedOut, _) => {
                 StoreError::Unavailable(error)
             }
@@ -320,9 +326,8 @@ impl Postgres {
         }
     }
 
-    async fn claim_within(
+    async fn claim_once(
         &self,
-        limit: Duration,
         incarnation: Uuid,
         slots: &[i32],
         claim: Claim,
@@ -359,7 +364,7 @@ impl Postgres {
         .bind(format!("{}ms", CLAIM_LOCK_TIMEOUT.as_millis()))
         .bind(steady.map(millis).transpose()?)
         .bind(millis(RENEWAL_GAP_MAX)?);
-        self.run(&self.control, limit, query).await
+        self.run(&self.control, CONTROL_TIMEOUT, query).await
     }
 
     async fn change_pin(
@@ -561,7 +566,8 @@ impl Store for Postgres {
                     .iter()
                     .map(|append| append.author.replace('\0', ""))
                     .collect::<Vec<_>>(),
-            );
+            )
+            .bind(format!("{}ms", APPEND_LOCK_TIMEOUT.as_millis()));
         let row = self.run_durably(query).await?;
         let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
         let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
@@ -1064,16 +1070,10 @@ impl Store for Postgres {
         claim: Claim,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
         let numbers: Vec<i32> = slots.iter().map(|slot| i32::from(slot.0)).collect();
-        // `lock_timeout` bounds the wait for each holder of a lock, and holders may take turns.
-        let patience = 3 * CLAIM_LOCK_TIMEOUT;
-        let rows = match self
-            .claim_within(patience, incarnation, &numbers, claim)
-            .await
-        {
-            Err(StoreError::Unavailable(error)) if is_held_up(&error) => {
+        let rows = match self.claim_once(incarnation, &numbers, claim).await {
+            Err(StoreError::Locked(_)) => {
                 self.end_sessions_of_lost_owners(&numbers).await?;
-                self.claim_within(CONTROL_TIMEOUT, incarnation, &numbers, claim)
-                    .await?
+                self.claim_once(incarnation, &numbers, claim).await?
             }
             rows => rows?,
         };
@@ -1602,16 +1602,6 @@ fn document_id(text: String) -> Result<DocumentId, StoreError> {
 
 fn millis(duration: Duration) -> Result<i32, StoreError> {
     i32::try_from(duration.as_millis()).map_err(StoreError::unusable)
-}
-
-/// The statement waited for a lock for too long, or for too many of them.
-fn is_held_up(error: &sqlx::Error) -> bool {
-    match error {
-        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::TimedOut,
-        error => error
-            .as_database_error()
-            .is_some_and(|error| error.code().as_deref() == Some("55P03")),
-    }
 }
 
 /// The answer to a statement that writes, unless the server has warned meanwhile: `before` is [`WARNINGS`] at its beginning.
