@@ -18,7 +18,7 @@ use collab_core::control::{LoadSample, MemberState, Silence};
 use collab_core::ids::{DocumentId, Epoch, NodeId, Slot};
 use collab_core::limits::{
     ADOPT_AFTER_FAILOVER, ADOPT_AFTER_STEADY, ADOPTION_STAGGER, EARLY_FENCE_AGE, EARLY_FENCE_EVERY,
-    LEASE, LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
+    EARLY_FENCE_RENEWAL_MAX, LEASE, LEASE_RENEW_EVERY, MAP_POLL_EVERY, STOP_OWNING_AFTER,
 };
 use collab_core::mutants::Mutant;
 use collab_core::quarantine::{Quarantine, quarantined};
@@ -416,6 +416,8 @@ enum Trust {
 struct Lease {
     /// When the renewal that succeeded last was begun.
     renewed: Option<Instant>,
+    /// How long that one took.
+    took: Duration,
     /// Since when renewals have succeeded without a gap.
     steady_since: Option<Instant>,
     /// When the database was last seen to have failed over.
@@ -712,11 +714,12 @@ impl Members {
     /// when the stream to it broke. Its slots are then adopted without waiting for the end of the lease.
     pub async fn fence_early(&self, target: Uuid, lost: Instant) {
         while lost.elapsed() < LEASE {
-            let too_soon = self
-                .lease()
-                .judged
-                .is_some_and(|judged| judged.elapsed() < EARLY_FENCE_EVERY);
-            if too_soon || !self.lease_held() {
+            let (judged, took) = {
+                let lease = self.lease();
+                (lease.judged, lease.took)
+            };
+            let too_soon = judged.is_some_and(|judged| judged.elapsed() < EARLY_FENCE_EVERY);
+            if too_soon || EARLY_FENCE_RENEWAL_MAX < took || !self.lease_held() {
                 return;
             }
             let judgement = self
@@ -937,6 +940,7 @@ impl Members {
     }
 
     fn renewed(&self, begun: Instant) {
+        let took = begun.elapsed();
         let begun = if Mutant::LeaseFromReply.is_active() {
             Instant::now()
         } else {
@@ -945,6 +949,7 @@ impl Members {
         let mut lease = self.lease();
         let gap = lease.renewed.is_none_or(|renewed| LEASE < begun - renewed);
         lease.renewed = Some(begun);
+        lease.took = took;
         if gap || lease.steady_since.is_none() {
             lease.steady_since = Some(begun);
         }
