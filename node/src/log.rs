@@ -229,11 +229,10 @@ impl Writer {
             .append_seconds
             .observe(begun.elapsed().as_secs_f64());
         let Ok(outcomes) = resolved else {
-            let (ended, locked) = (Vec::new(), batch);
             return Landed {
                 slots,
-                ended,
-                locked,
+                ended: Vec::new(),
+                locked: batch,
             };
         };
         // One event per document: its last position, or what went wrong first.
@@ -363,7 +362,7 @@ impl Writer {
     }
 }
 
-/// Nothing was written in vain: what was is found again when the batch is sent once more.
+/// A lock was waited for in vain. What an earlier try wrote is found when the batch is sent again.
 struct Locked;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

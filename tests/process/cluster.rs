@@ -10,7 +10,7 @@ use collab_core::limits::EARLY_FENCE_EVERY;
 use collab_core::ring::slot_of;
 use collab_tests::checker;
 use collab_tests::clients::typist::{Ledger, Typing};
-use collab_tests::clients::{Reading, Replay, now_ms};
+use collab_tests::clients::{Follower, Reading, Replay, now_ms};
 use collab_tests::nodes::{Launch, Nodes};
 use collab_tests::postgres::{Postgres, Setup};
 use collab_tests::proxy::{Proxy, Treatment};
@@ -35,10 +35,7 @@ async fn a_killed_node_loses_nothing_and_the_others_go_on() -> Result<()> {
         writers: 3,
         ..Typing::new(nodes.urls(), names.clone(), 1)
     };
-    let typists = typing.start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&typing).await?;
 
     let killed = now_ms();
     let dead = nodes.nodes[1].url();
@@ -70,6 +67,15 @@ async fn a_killed_node_loses_nothing_and_the_others_go_on() -> Result<()> {
     everything_acknowledged_is_there(&nodes, &ledger, &names).await
 }
 
+/// Typists of whom enough was acknowledged for a fault to say something.
+async fn under_way(typing: &Typing) -> Result<Follower<Ledger>> {
+    let typists = typing.start()?;
+    typists
+        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
+        .await?;
+    Ok(typists)
+}
+
 /// A receipt that did not come.
 const NEVER: Duration = Duration::MAX;
 /// How long a killed node stays away.
@@ -92,10 +98,7 @@ async fn receipts_come_again_soon_after_each_of_many_kills() -> Result<()> {
         rate: 10.0,
         ..Typing::new(nodes.urls(), names.clone(), 4)
     };
-    let typists = typing.start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&typing).await?;
 
     let mut killed = Vec::new();
     for kill in 0..kills {
@@ -161,10 +164,7 @@ async fn a_node_that_is_fenced_while_it_lives_keeps_its_sockets() -> Result<()> 
     let database = postgres.database().await;
     let nodes = Nodes::start(3, &database, &redis.url()).await?;
     let names = documents(12);
-    let typists = Typing::new(nodes.urls(), names.clone(), 5).start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&Typing::new(nodes.urls(), names.clone(), 5)).await?;
     let incarnation = |report: &ClusterReport| {
         let mut members = report.members.iter();
         let member = members.find(|member| member.node.0 == nodes.nodes[1].name());
@@ -220,10 +220,7 @@ async fn a_stopped_node_hands_over_under_open_sockets_and_a_new_one_takes_its_sh
     let mut nodes = Nodes::start(2, &postgres.database().await, "none").await?;
     let names = documents(12);
     let urls = nodes.urls();
-    let typists = Typing::new(urls.clone(), names.clone(), 2).start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&Typing::new(urls.clone(), names.clone(), 2)).await?;
 
     nodes.add()?;
     nodes.balanced(3).await?;
@@ -260,10 +257,7 @@ async fn acknowledgements_wait_for_postgres_and_redis_does_not_matter() -> Resul
     let (mut postgres, mut redis) = (Postgres::start().await, Redis::start().await);
     let nodes = Nodes::start(2, &postgres.url(), &redis.url()).await?;
     let names = documents(6);
-    let typists = Typing::new(nodes.urls(), names.clone(), 3).start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&Typing::new(nodes.urls(), names.clone(), 3)).await?;
 
     let before = now_ms();
     redis.kill()?;
@@ -312,10 +306,7 @@ async fn what_a_lagging_standby_lost_is_written_again_by_the_owners() -> Result<
     let mut nodes = Nodes::start(3, &Postgres::url_at(proxy.address()), "none").await?;
     let names = documents(12);
     // The third node gets a share of the slots and goes: its clients would stay without one.
-    let typists = Typing::new(nodes.urls()[..2].to_vec(), names.clone(), 6).start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&Typing::new(nodes.urls()[..2].to_vec(), names.clone(), 6)).await?;
 
     let standby = primary.standby("standby", Setup::default()).await;
     let mut behind = standby.session().await?;
@@ -377,10 +368,7 @@ async fn a_node_that_loses_the_database_relays_to_the_new_owners() -> Result<()>
     nodes.add()?;
     nodes.balanced(3).await?;
     let names = documents(12);
-    let typists = Typing::new(nodes.urls(), names.clone(), 8).start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&Typing::new(nodes.urls(), names.clone(), 8)).await?;
 
     let cut = now_ms();
     proxy.treat(Treatment::Stall, Treatment::Stall);
@@ -422,10 +410,7 @@ async fn a_document_that_the_store_refuses_stops_alone() -> Result<()> {
     let database = postgres.database().await;
     let nodes = Nodes::start(2, &database, "none").await?;
     let names = documents(8);
-    let typists = Typing::new(nodes.urls(), names.clone(), 7).start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&Typing::new(nodes.urls(), names.clone(), 7)).await?;
 
     let mut connection = PgConnection::connect(&database).await?;
     let statement =
@@ -466,10 +451,7 @@ async fn documents_of_locked_slots_hold_up_no_others() -> Result<()> {
     let database = postgres.database().await;
     let nodes = Nodes::start(1, &database, "none").await?;
     let names = documents(12);
-    let typists = Typing::new(nodes.urls(), names.clone(), 8).start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&Typing::new(nodes.urls(), names.clone(), 8)).await?;
 
     let mut holder = PgConnection::connect(&database).await?;
     sqlx::raw_sql("begin").execute(&mut holder).await?;
@@ -482,6 +464,7 @@ async fn documents_of_locked_slots_hold_up_no_others() -> Result<()> {
     )
     .fetch_all(&mut holder)
     .await?;
+    let is_held = |document: &str| held.iter().any(|held| held == document);
     let locked = now_ms();
     // What was on its way may still be written.
     let after = locked + 500.0;
@@ -490,20 +473,16 @@ async fn documents_of_locked_slots_hold_up_no_others() -> Result<()> {
         .until(Duration::from_mins(1), |ledger| {
             acked + 2 * ACKED_MIN <= ledger.acked()
                 && ledger
-                    .next_ack(after, |document, _| {
-                        !held.iter().any(|held| held == document)
-                    })
+                    .next_ack(after, |document, _| !is_held(document))
                     .values()
                     .all(Option::is_some)
         })
         .await?;
     let (next, silence) = typists.with(|ledger| {
-        let next = ledger.next_ack(after, |document, _| {
-            held.iter().any(|held| held == document)
-        });
+        let next = ledger.next_ack(after, |document, _| is_held(document));
         let silences = ledger.silences(locked, now_ms()).into_iter();
         let silence = silences
-            .filter(|silence| !held.contains(&silence.document))
+            .filter(|silence| !is_held(&silence.document))
             .map(|silence| silence.longest)
             .max();
         (next.into_values().flatten().count(), silence)
@@ -573,10 +552,7 @@ async fn a_pinned_document_moves_alone_and_under_open_sockets() -> Result<()> {
         writers: 3,
         ..Typing::new(urls.clone(), names.clone(), 4)
     };
-    let typists = typing.start()?;
-    typists
-        .until(Duration::from_mins(1), |ledger| ACKED_MIN <= ledger.acked())
-        .await?;
+    let typists = under_way(&typing).await?;
     let begun = now_ms();
     let holder = json!({ "holder": "a test" });
     let term = nodes.control(Method::POST, "term", &holder).await?["term"].clone();

@@ -361,7 +361,7 @@ impl Postgres {
         )
         .bind(slots)
         .bind(incarnation)
-        .bind(format!("{}ms", CLAIM_LOCK_TIMEOUT.as_millis()))
+        .bind(setting(CLAIM_LOCK_TIMEOUT))
         .bind(steady.map(millis).transpose()?)
         .bind(millis(RENEWAL_GAP_MAX)?);
         self.run(&self.control, CONTROL_TIMEOUT, query).await
@@ -459,7 +459,7 @@ impl Sessions {
                set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false),
                set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10s', false)",
         )
-        .bind(format!("{}ms", statement_timeout.as_millis()))
+        .bind(setting(statement_timeout))
         .execute(&mut *connection)
         .await?;
         let row = sqlx::query(
@@ -567,7 +567,7 @@ impl Store for Postgres {
                     .map(|append| append.author.replace('\0', ""))
                     .collect::<Vec<_>>(),
             )
-            .bind(format!("{}ms", APPEND_LOCK_TIMEOUT.as_millis()));
+            .bind(setting(APPEND_LOCK_TIMEOUT));
         let row = self.run_durably(query).await?;
         let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
         let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
@@ -1355,7 +1355,7 @@ async fn change_pin(
 ) -> Result<Result<(), Term>, sqlx::Error> {
     let mut change = connection.begin().await?;
     sqlx::query("select set_config('lock_timeout', $1, true)")
-        .bind(format!("{}ms", 3 * CLAIM_LOCK_TIMEOUT.as_millis()))
+        .bind(setting(3 * CLAIM_LOCK_TIMEOUT))
         .execute(&mut *change)
         .await?;
     let slots = sqlx::query_scalar::<_, i32>(
@@ -1598,6 +1598,11 @@ fn slot(number: i32) -> Result<Slot, StoreError> {
 
 fn document_id(text: String) -> Result<DocumentId, StoreError> {
     DocumentId::try_from(text).map_err(StoreError::unusable)
+}
+
+/// A duration as a setting of Postgres.
+fn setting(duration: Duration) -> String {
+    format!("{}ms", duration.as_millis())
 }
 
 fn millis(duration: Duration) -> Result<i32, StoreError> {
