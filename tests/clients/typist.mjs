@@ -74,9 +74,9 @@ async function type (client, writer, dice, say) {
     if (!typing) break
     if (spells > 0 && writer === writers - 1 && dice() < spells) spell(client, dice() * SPELL_MS, say)
     const place = dice()
-    const deletes = dice() < 0.15
-    const token = deletes ? present(place, dice()) : `w${writer}n${n}${ENDINGS[Math.floor(dice() * ENDINGS.length)]};`
-    if (!token) continue
+    const deleted = dice() < 0.15 && present(place, dice())
+    const token = deleted || `w${writer}n${n}${ENDINGS[Math.floor(dice() * ENDINGS.length)]};`
+    const deletes = token === deleted
     // Said before it is done: an ack must never come before its edit.
     await say({ kind: 'edit', op: deletes ? 'delete' : 'insert', token, version: client.version + 1 })
     const content = text.toString()
