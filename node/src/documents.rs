@@ -359,6 +359,12 @@ impl Documents {
         self.open().degraded.len()
     }
 
+    /// The slots with open documents.
+    pub fn slots_in_use(&self) -> BTreeSet<Slot> {
+        let open = self.open();
+        open.documents.values().map(|entry| entry.slot).collect()
+    }
+
     /// The open documents of a slot.
     pub fn open_in(&self, slot: Slot) -> Vec<DocumentId> {
         let open = self.open();

@@ -3,13 +3,16 @@
 //! Drain, SIGTERM, rollout and scale-in are one path: say so, hand every slot over, close the sockets at
 //! a limited rate, and only then be gone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use collab_core::control::MemberState;
-use collab_core::ids::Epoch;
-use collab_core::limits::{FREEZE_WAIT, HANDOFF_CONCURRENCY, MAP_POLL_EVERY, PRELOAD_WAIT};
+use collab_core::ids::{Epoch, Slot};
+use collab_core::limits::{
+    FREEZE_WAIT, HANDOFF_CONCURRENCY, HANDOFF_ROUNDS, IDLE_HANDOFF_CONCURRENCY, MAP_POLL_EVERY,
+    PRELOAD_WAIT,
+};
 use futures::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
@@ -60,13 +63,13 @@ impl Handoff {
         loop {
             // Without a lease this node has nothing to give away that others could not adopt.
             if self.members.lease_held() {
-                let mut moves = self
+                let all = self
                     .members
                     .map()
                     .handoffs(self.members.incarnation(), Instant::now());
-                let more = HANDOFF_CONCURRENCY < moves.len();
-                moves.truncate(HANDOFF_CONCURRENCY);
-                if !moves.is_empty() && self.hand_over(&moves).await && more {
+                let count = all.len();
+                let moves = next_of(all, &self.documents.slots_in_use());
+                if !moves.is_empty() && self.hand_over(&moves).await && moves.len() < count {
                     continue;
                 }
             }
@@ -209,5 +212,65 @@ impl Handoff {
             .handoff_seconds
             .observe(begun.elapsed().as_secs_f64());
         epochs.len() == slots.len()
+    }
+}
+
+/// The moves to begin with. Slots without open documents come first and many at a time: nobody notices their move, and the
+/// documents then move without the work that it makes for every node.
+fn next_of(moves: Vec<(Ownership, Uuid)>, in_use: &BTreeSet<Slot>) -> Vec<(Ownership, Uuid)> {
+    let (mut busy, mut idle): (Vec<_>, Vec<_>) = moves
+        .into_iter()
+        .partition(|(ownership, _)| in_use.contains(&ownership.slot));
+    // Of very many more at a time, so that a drain ends before its time is over.
+    busy.truncate(HANDOFF_CONCURRENCY.max(busy.len() / HANDOFF_ROUNDS));
+    idle.truncate(IDLE_HANDOFF_CONCURRENCY);
+    if idle.is_empty() { busy } else { idle }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use collab_core::limits::SLOTS_MAX;
+
+    fn moves(slots: std::ops::Range<u16>) -> Vec<(Ownership, Uuid)> {
+        let ownership = |slot| Ownership {
+            slot: Slot(slot),
+            epoch: Epoch(1),
+            incarnation: Uuid::from_u128(1),
+        };
+        slots
+            .map(|slot| (ownership(slot), Uuid::from_u128(7)))
+            .collect()
+    }
+
+    #[test]
+    fn slots_in_use_move_last_and_few_at_a_time() {
+        let in_use: BTreeSet<_> = (0..200).map(Slot).collect();
+        let slots = |moves: Vec<(Ownership, Uuid)>| -> Vec<u16> {
+            moves.iter().map(|(owned, _)| owned.slot.0).collect()
+        };
+        assert_eq!(
+            slots(next_of(moves(190..1_024), &in_use)),
+            (200..328).collect::<Vec<_>>()
+        );
+        assert_eq!(slots(next_of(moves(198..201), &in_use)), [200]);
+        assert_eq!(
+            slots(next_of(moves(100..200), &in_use)),
+            [100, 101, 102, 103]
+        );
+        assert_eq!(slots(next_of(Vec::new(), &in_use)), [0; 0]);
+    }
+
+    #[test]
+    fn a_drain_of_the_largest_map_takes_few_rounds() {
+        let in_use: BTreeSet<_> = (0..SLOTS_MAX).map(Slot).collect();
+        let mut left = moves(0..SLOTS_MAX);
+        let mut rounds = 0;
+        while !left.is_empty() {
+            let begun = next_of(left.clone(), &in_use).len();
+            left.drain(..begun);
+            rounds += 1;
+        }
+        assert!(rounds < 400, "{rounds}");
     }
 }

@@ -328,7 +328,7 @@ impl Postgres {
             "fsync=on",
             "full_page_writes=on",
             "synchronous_commit=on",
-            "max_connections=200",
+            "max_connections=400",
             "logging_collector=on",
             "log_directory=.",
             "log_filename=server.log",

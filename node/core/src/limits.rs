@@ -169,8 +169,14 @@ pub const MAP_POLL_EVERY: Duration = Duration::from_millis(250);
 pub const CLAIM_LOCK_TIMEOUT: Duration = Duration::from_millis(300);
 /// How long an append waits for a slot's row before the other slots of its batch go without it.
 pub const APPEND_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-/// Slots that are handed over at the same time.
-pub const HANDOFF_CONCURRENCY: usize = 16;
+/// Slots with open documents that are handed over at the same time: few, because all of them stand still until the last of them is
+/// durable and has its new owner.
+pub const HANDOFF_CONCURRENCY: usize = 4;
+/// A node that gives away very many slots with open documents hands over one part in this many at the same time, so that its
+/// drain ends in time.
+pub const HANDOFF_ROUNDS: usize = 64;
+/// Slots without open documents that are handed over at the same time.
+pub const IDLE_HANDOFF_CONCURRENCY: usize = 128;
 /// How long an owner waits until the target of a handoff has read its documents; then it goes on without.
 pub const PRELOAD_WAIT: Duration = Duration::from_secs(2);
 /// A document that cannot settle for this long keeps its slot for another try.

@@ -27,6 +27,7 @@ use collab_core::limits::{
     RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
 use collab_core::mutants::Mutant;
+use futures::future::try_join_all;
 use sqlx::error::DatabaseError;
 use sqlx::migrate::MigrateError;
 use sqlx::pool::PoolConnection;
@@ -59,8 +60,6 @@ const DATA_TIMEOUT: Duration = Duration::from_secs(10);
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
 /// A call that somebody stopped waiting for after this time was waiting for a server that is not there.
 const SILENT_AFTER: Duration = Duration::from_secs(1);
-/// After this time a session that nobody uses is closed.
-const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 /// Between two attempts to listen for changes of the map.
 const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// After so much silence the session that listens is asked whether it is still there.
@@ -215,7 +214,21 @@ impl Postgres {
             listener,
         };
         store.migrate().await?;
+        store.open_sessions().await?;
         Ok(store)
+    }
+
+    /// Opens all sessions for documents. To open one takes several round trips and a key derivation, and the first edits of every
+    /// document that has just moved to a new node would wait for it.
+    async fn open_sessions(&self) -> Result<(), StoreError> {
+        let pools = [(&self.writes, WRITE_SESSIONS), (&self.reads, READ_SESSIONS)];
+        let acquired = pools
+            .into_iter()
+            .flat_map(|(pool, size)| (0..size).map(|_| pool.acquire()));
+        try_join_all(acquired)
+            .await
+            .map(drop)
+            .map_err(|error| self.failed(error))
     }
 
     async fn migrate(&self) -> Result<(), StoreError> {
@@ -415,8 +428,9 @@ impl Sessions {
         let (opened, offered) = (self.clone(), self.clone());
         PgPoolOptions::new()
             .max_connections(size)
+            .min_connections(size)
             .acquire_timeout(ACQUIRE_TIMEOUT)
-            .idle_timeout(IDLE_TIMEOUT)
+            .idle_timeout(None)
             .test_before_acquire(false) // a round trip per statement; `trusted_since` does it
             .after_connect(move |connection, _| {
                 let sessions = opened.clone();
