@@ -30,6 +30,8 @@ const STEADY_RATE: f64 = 60.0;
 const PATIENCE: Duration = Duration::from_mins(1);
 /// After the last fault has ended every writer gets receipts again within this time.
 const LIVENESS: Duration = Duration::from_secs(15);
+/// What was committed just before a fault is receipted this much later, in ms.
+const UNDER_WAY_MS: f64 = 200.0;
 
 /// A debug build panics when an update holds this.
 pub(crate) const PANIC: &str = "collab-drill-panic";
@@ -604,7 +606,10 @@ impl World {
         for (from, until) in expect.no_receipts {
             let edits = run.ledger.edits();
             let acked = edits
-                .filter(|edit| edit.acked_ms.is_some_and(|at| from < at && at < until))
+                .filter(|edit| {
+                    edit.acked_ms
+                        .is_some_and(|at| from + UNDER_WAY_MS < at && at < until)
+                })
                 .count();
             self.expect(acked == 0, || {
                 format!("{acked} edits were acknowledged when none could be")
