@@ -497,6 +497,7 @@ impl Documents {
             counts,
             inputs,
             held: VecDeque::new(),
+            failovers: 0,
         };
         self.tasks.spawn(host.run(missing));
         task
@@ -543,6 +544,8 @@ struct Host {
     inputs: queue::Receiver<ToDocument>,
     /// What came while the document was built.
     held: VecDeque<ToDocument>,
+    /// Failovers of the database when it began to be read.
+    failovers: u64,
 }
 
 /// Why the task of a document ends.
@@ -603,6 +606,7 @@ impl Host {
         };
         loop {
             let ownership = self.wait_for_ownership().await?;
+            self.failovers = documents.store.failovers().seen;
             let preloaded = documents.preloads.finish(
                 &documents.tasks,
                 documents.store.as_ref(),
@@ -746,7 +750,7 @@ impl Host {
             id: self.id,
             counts: self.counts.clone(),
             ownership,
-            failovers: self.documents.store.failovers().seen,
+            failovers: self.failovers,
             room_epoch,
             document,
             share,
@@ -904,7 +908,7 @@ struct Owned {
     id: u64,
     counts: Arc<Counts>,
     ownership: Ownership,
-    /// Failovers of the database when it was opened.
+    /// Failovers of the database when it began to be read.
     failovers: u64,
     room_epoch: RoomEpoch,
     document: Document,
@@ -1247,7 +1251,8 @@ impl Owned {
                     author,
                 };
                 self.unsettled_since.get_or_insert_with(Instant::now);
-                self.documents.log.append(append, self.log_reply.clone());
+                let (log, reply) = (&self.documents.log, self.log_reply.clone());
+                log.append(append, self.failovers, reply);
             }
             Effect::NotAdmitted { reason } => {
                 self.documents
@@ -1494,6 +1499,7 @@ impl Owned {
             bytes: self.document.whole_state(),
         };
         let (seq, state) = (snapshot.seq, snapshot.bytes.clone());
+        let failovers = self.failovers;
         let (done, running) = oneshot::channel();
         self.snapshot_running = Some(running);
         self.snapshot_begun = Some(Instant::now());
@@ -1505,6 +1511,7 @@ impl Owned {
                 documents.bus.as_ref(),
                 &documents.metrics,
                 snapshot,
+                failovers,
             )
             .await;
             let _ = done.send(stored.map(|whole| Snapshotted { seq, state, whole }));

@@ -50,6 +50,8 @@ pub struct Log {
 #[derive(Debug)]
 struct Queued {
     append: Append,
+    /// Failovers of the database when its document was opened.
+    failovers: u64,
     reply: queue::Sender<LogEvent>,
 }
 
@@ -71,10 +73,15 @@ impl Log {
         (Self { queue }, run(Arc::new(writer), queued))
     }
 
-    /// Queues an append. `reply` gets exactly one event for it, or a later position's.
-    pub fn append(&self, append: Append, reply: queue::Sender<LogEvent>) {
+    /// Queues an append of a document that was opened after so many `failovers` of the database. `reply` gets exactly one
+    /// event for it, or a later position's.
+    pub fn append(&self, append: Append, failovers: u64, reply: queue::Sender<LogEvent>) {
         // The log ends with the process only.
-        let _ = self.queue.send(Queued { append, reply });
+        let _ = self.queue.send(Queued {
+            append,
+            failovers,
+            reply,
+        });
     }
 }
 
@@ -189,10 +196,12 @@ impl HeldUp {
 }
 
 /// Takes what may go now, in order: of slots that `may_go`, one epoch per slot (the fence
-/// speaks of slots, so a stale append must not ride with a fresh one), and within the bounds of a batch.
+/// speaks of slots, so a stale append must not ride with a fresh one), of documents that were opened between the same
+/// failovers, and within the bounds of a batch.
 fn take_batch(waiting: &mut VecDeque<Queued>, may_go: impl Fn(Slot) -> bool) -> Vec<Queued> {
     let mut batch = Vec::new();
     let mut epochs = BTreeMap::<Slot, Epoch>::new();
+    let mut failovers = None;
     let mut bytes = 0;
     let mut passed_over = VecDeque::new();
     while let Some(next) = waiting.pop_front() {
@@ -204,7 +213,10 @@ fn take_batch(waiting: &mut VecDeque<Queued>, may_go: impl Fn(Slot) -> bool) -> 
             break;
         }
         let Ownership { slot, epoch, .. } = next.append.ownership;
-        if !may_go(slot) || *epochs.entry(slot).or_insert(epoch) != epoch {
+        if !may_go(slot)
+            || *epochs.entry(slot).or_insert(epoch) != epoch
+            || *failovers.get_or_insert(next.failovers) != next.failovers
+        {
             passed_over.push_back(next);
         } else {
             bytes += size;
@@ -223,8 +235,9 @@ impl Writer {
             .append_batch_updates
             .observe(f64::from(u32::try_from(batch.len()).unwrap_or(u32::MAX)));
         let appends: Vec<Append> = batch.iter().map(|queued| queued.append.clone()).collect();
+        let failovers = batch.first().map_or(0, |queued| queued.failovers);
         let begun = Instant::now();
-        let resolved = self.resolve(&appends).await;
+        let resolved = self.resolve(&appends, failovers).await;
         self.metrics
             .append_seconds
             .observe(begun.elapsed().as_secs_f64());
@@ -238,7 +251,7 @@ impl Writer {
         // One event per document: its last position, or what went wrong first.
         let mut events = BTreeMap::<DocumentId, (LogEvent, queue::Sender<LogEvent>)>::new();
         for (queued, outcome) in batch.into_iter().zip(outcomes) {
-            let Queued { append, reply } = queued;
+            let Queued { append, reply, .. } = queued;
             match events.get_mut(&append.document) {
                 Some((LogEvent::Committed(seq), _)) if outcome == Outcome::Committed => {
                     *seq = append.seq.max(*seq);
@@ -271,8 +284,16 @@ impl Writer {
 
     /// Appends until every outcome is known, or a lock was waited for in vain. The statement is keyed by document and
     /// position, so that saying it again is safe.
-    async fn resolve(&self, appends: &[Append]) -> Result<Vec<Outcome>, Locked> {
+    ///
+    /// Not after another failover of the database: the new primary may lack the positions before, and may think again that this
+    /// node owns a slot that it has lost since.
+    async fn resolve(&self, appends: &[Append], failovers: u64) -> Result<Vec<Outcome>, Locked> {
         loop {
+            let now = self.store.failovers();
+            // Until the slots are taken back nothing is written, and the document has yet to be brought back from memory.
+            if now.seen != failovers && !now.is_pending() {
+                return Ok(vec![Outcome::Fenced; appends.len()]);
+            }
             // Without the lease others may adopt: what is queued waits for a renewal or for the fence.
             if self.members.lease_held() {
                 match self.try_once(appends).await {
@@ -286,7 +307,7 @@ impl Writer {
                             tracing::error!(document.id = %append.document, seq = %append.seq, reason, "the store refuses an append for ever");
                             return Ok(vec![Outcome::Refused]);
                         }
-                        _ => return self.resolve_each(appends).await,
+                        _ => return self.resolve_each(appends, failovers).await,
                     },
                     Err(error) => {
                         self.metrics.store_up.set(0);
@@ -299,14 +320,19 @@ impl Writer {
     }
 
     /// Finds out which append of a batch is refused for ever: the documents of the others go on.
-    async fn resolve_each(&self, appends: &[Append]) -> Result<Vec<Outcome>, Locked> {
+    async fn resolve_each(
+        &self,
+        appends: &[Append],
+        failovers: u64,
+    ) -> Result<Vec<Outcome>, Locked> {
         let mut ended = BTreeMap::<&DocumentId, Outcome>::new();
         let mut outcomes = Vec::with_capacity(appends.len());
         for append in appends {
             let outcome = if let Some(earlier) = ended.get(&append.document) {
                 *earlier
             } else {
-                let alone = Box::pin(self.resolve(std::slice::from_ref(append))).await?;
+                let alone = std::slice::from_ref(append);
+                let alone = Box::pin(self.resolve(alone, failovers)).await?;
                 alone.first().copied().unwrap_or(Outcome::Refused)
             };
             if outcome != Outcome::Committed {
@@ -386,9 +412,12 @@ impl Outcome {
 
 #[cfg(test)]
 mod tests {
+    use collab_core::limits::SLOTS_MIN;
     use uuid::Uuid;
 
     use super::*;
+    use crate::store::memory::Database;
+    use crate::store::{Claim, Recreate, Registration};
 
     #[test]
     fn a_batch_keeps_the_order_and_leaves_slots_in_flight_alone() {
@@ -422,6 +451,15 @@ mod tests {
     }
 
     #[test]
+    fn appends_from_before_and_after_a_failover_never_share_a_batch() {
+        let mut stale = queued(("b", 2, 9));
+        stale.failovers = 1;
+        let mut waiting = VecDeque::from([queued(("a", 1, 5)), stale, queued(("c", 3, 1))]);
+        assert_eq!(names(&take_batch(&mut waiting, |_| true)), ["a5", "c1"]);
+        assert_eq!(names(&take_batch(&mut waiting, |_| true)), ["b9"]);
+    }
+
+    #[test]
     fn slots_that_are_held_up_go_alone_and_in_turn() {
         let mut waiting: VecDeque<Queued> = [
             ("a", 1, 1),
@@ -452,6 +490,63 @@ mod tests {
         assert_eq!(names(waiting.make_contiguous()), ["c1", "d1"]);
     }
 
+    /// The new primary had lost the positions before, and the claim that had fenced the batch: the log got a hole.
+    #[tokio::test]
+    async fn what_waits_for_its_outcome_is_not_written_after_a_failover() {
+        let database = Database::default();
+        let store: Arc<dyn Store> = Arc::new(database.sessions());
+        let me = Uuid::from_u128(1);
+        let registration = Registration {
+            node: "me".into(),
+            incarnation: me,
+            pod_uid: "me".to_owned(),
+            address: String::new(),
+            zone: String::new(),
+            weight: 100,
+        };
+        let (metrics, tasks) = (Metrics::new(), Tasks::default());
+        let members = Members::new(
+            store.clone(),
+            metrics.clone(),
+            registration,
+            SLOTS_MIN,
+            true,
+        );
+        tokio::spawn(members.clone().keep_lease());
+        while !members.lease_held() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        let slot = Slot(1);
+        let taken = store.claim(me, &[slot], Claim::Orphaned).await.unwrap();
+        let document = DocumentId::new("a").unwrap();
+        let mut append = queued(("a", 1, 1)).append;
+        append.ownership.epoch = taken[0].1;
+        append.ownership.incarnation = me;
+        let created = store.create(&document, append.ownership, Recreate::Refused);
+        created.await.unwrap();
+        let writer = Writer {
+            store,
+            members,
+            metrics,
+            tasks,
+        };
+        let write = async |append: &Append, failovers| {
+            let resolved = writer.resolve(std::slice::from_ref(append), failovers);
+            resolved.await.ok().unwrap()
+        };
+        let before = writer.store.failovers().seen;
+        assert_eq!(write(&append, before).await, [Outcome::Committed]);
+        append.seq = Seq(2);
+        database.fail_over(1);
+        // It does not know any more that it owned the slot; the new primary does.
+        let taken = writer.store.reclaim(me, &[]).await.unwrap();
+        assert_eq!(taken, []);
+        assert_eq!(write(&append, before).await, [Outcome::Fenced]);
+        append.seq = Seq(1);
+        let after = writer.store.failovers().seen;
+        assert_eq!(write(&append, after).await, [Outcome::Committed]);
+    }
+
     fn queued((document, slot, seq): (&str, u16, i64)) -> Queued {
         let ownership = Ownership {
             slot: Slot(slot),
@@ -467,6 +562,7 @@ mod tests {
         };
         Queued {
             append,
+            failovers: 0,
             reply: queue::unbounded().0,
         }
     }

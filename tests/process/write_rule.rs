@@ -135,7 +135,7 @@ async fn a_position_that_holds_other_bytes_is_no_success() {
         (b"first", LogEvent::Committed(Seq(1))),
     ] {
         let (reply, mut events) = queue::unbounded();
-        log.append(append(bytes), reply);
+        log.append(append(bytes), store.failovers().seen, reply);
         assert_eq!(events.recv().await, Some(event));
     }
 }

@@ -248,6 +248,8 @@ impl Sessions {
         } = self.clone();
         // Not a task of the node: it goes on without it.
         tokio::spawn(async move {
+            // What was sent to the old server the new one has never heard of.
+            let timeline = server.database.timeline();
             let network = &server.network;
             sleep(network.delay(pod, Host::Database)).await;
             network.uncut(pod, Host::Database).await;
@@ -255,14 +257,12 @@ impl Sessions {
                 let health = server.health();
                 (health.down, health.outages)
             };
-            let timeline = server.database.timeline();
             if down && server.roll(0, 3) == 0 {
                 return std::future::pending().await; // a host that is not there does not even refuse
             }
             if !down {
                 sleep(server.work(kind)).await;
             }
-            // What the old server had in hand the new one has never heard of.
             let elsewhere = server.database.timeline() != timeline;
             let result = if down
                 || elsewhere

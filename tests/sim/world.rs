@@ -827,8 +827,13 @@ impl World {
                 let texts: BTreeMap<&DocumentId, String> = writers()
                     .map(|handle| (&handle.document, text(&handle.replica)))
                     .collect();
-                let differ =
+                let mut differ =
                     writers().any(|handle| texts[&handle.document] != text(&handle.replica));
+                // Clients that begin anew are alike before they have anything.
+                for (document, content) in texts {
+                    let owner = self.owner(document).await;
+                    differ |= owner.map_or(true, |owner| text(&owner) != content);
+                }
                 if !waits && !differ {
                     return;
                 }

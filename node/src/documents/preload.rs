@@ -30,6 +30,8 @@ struct Preloaded {
     document: Document,
     share: Share,
     room_epoch: RoomEpoch,
+    /// Failovers of the database when it began to be read. Another one may have lost some of it.
+    failovers: u64,
     at: Instant,
 }
 
@@ -59,6 +61,7 @@ impl Preloads {
         let Some(mut share) = memory.take() else {
             return;
         };
+        let failovers = store.failovers().seen;
         if let Ok(Loaded::Live(content)) = super::load(store, bus, id).await
             && let Ok(document) = super::replayed(tasks, Epoch(0), &content).await
         {
@@ -68,6 +71,7 @@ impl Preloads {
                 document,
                 share,
                 room_epoch,
+                failovers,
                 at: Instant::now(),
             };
             self.ready().insert(id.clone(), preloaded);
@@ -87,7 +91,9 @@ impl Preloads {
             share,
             room_epoch,
             ..
-        } = self.take(id)?;
+        } = self
+            .take(id)
+            .filter(|preloaded| preloaded.failovers == store.failovers().seen)?;
         let tail = store
             .tail(id, room_epoch, document.committed_seq())
             .await

@@ -14,15 +14,17 @@ use crate::metrics::Metrics;
 use crate::store::{Fence, NewSnapshot, Store};
 use crate::tasks::Tasks;
 
-/// Stores a snapshot and cuts the log below the older of the two that are kept. Answers what is in it if it is stored.
+/// Stores a snapshot of a document that was opened after so many `failovers`, and cuts the log below the older of the two that are
+/// kept. Answers what is in it if it is stored.
 pub(super) async fn write(
     tasks: &Tasks,
     store: &dyn Store,
     bus: &dyn Bus,
     metrics: &Metrics,
     snapshot: NewSnapshot,
+    failovers: u64,
 ) -> Option<Summary> {
-    let result = write_verified(tasks, store, bus, &snapshot).await;
+    let result = write_verified(tasks, store, bus, &snapshot, failovers).await;
     let label = if result.is_ok() { "written" } else { "failed" };
     metrics.snapshots.with_label_values(&[label]).inc();
     match result {
@@ -39,6 +41,7 @@ async fn write_verified(
     store: &dyn Store,
     bus: &dyn Bus,
     snapshot: &NewSnapshot,
+    failovers: u64,
 ) -> Result<Summary, String> {
     let bytes = snapshot.bytes.clone();
     let verified = tasks
@@ -48,6 +51,9 @@ async fn write_verified(
         Ok(Ok(verdict)) => verdict?,
         Ok(Err(_)) | Err(_) => return Err("reading it back panics".to_owned()),
     };
+    if store.failovers().seen != failovers {
+        return Err("it may hold what the database lost when it failed over".to_owned());
+    }
     match store.snapshot(snapshot).await {
         Ok(Fence::Held) => {}
         Ok(Fence::Fenced) => return Err("the slot has a new owner".to_owned()),

@@ -274,12 +274,14 @@ impl Postgres {
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<PgRow, StoreError> {
         let warnings = WARNINGS.load(Ordering::Acquire);
+        let seen = self.failovers().seen;
         // The session tells of a failover before it is used.
         let mut session = self.session(&self.writes).await?;
-        if self.failovers().is_pending() {
+        let failovers = self.failovers();
+        if failovers.is_pending() || failovers.seen != seen {
             session.ended();
             return Err(StoreError::Unavailable(sqlx::Error::Configuration(
-                "the database has failed over and the slots are not taken back yet".into(),
+                "the database has failed over; what was to be written may be older than what it holds now".into(),
             )));
         }
         let row = within(DATA_TIMEOUT, query.fetch_one(session.connection()))
