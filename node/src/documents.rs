@@ -22,6 +22,7 @@ use collab_core::limits::{
 };
 use collab_core::mutants::Mutant;
 use collab_core::scan::Summary;
+use collab_core::wire::awareness;
 use collab_core::wire::map::SharedMap;
 use collab_core::wire::relay::{Channel, ToEdge, ToOwner, Unavailable};
 use tokio::sync::{Notify, oneshot};
@@ -762,6 +763,7 @@ impl Host {
             snapshot_running: None,
             snapshot_begun: None,
             presence_changed: false,
+            presence: Vec::new(),
             idle_since: Instant::now(),
             used_at: Instant::now(),
             unsettled_since: None,
@@ -924,6 +926,8 @@ struct Owned {
     /// The last one.
     snapshot_begun: Option<Instant>,
     presence_changed: bool,
+    /// What the edges are to be told of it once the turn ends.
+    presence: Vec<Bytes>,
     /// Since when no edge is attached.
     idle_since: Instant,
     /// When somebody last came, asked or left.
@@ -977,6 +981,7 @@ impl Owned {
                 }
                 _ = tick.tick() => self.tick(inputs).await,
             };
+            self.show_presence();
             if let Some(end) = step {
                 break end;
             }
@@ -1226,11 +1231,7 @@ impl Owned {
             }
             Effect::Presence { payload } => {
                 self.presence_changed = true;
-                for sender in self.edges.values() {
-                    sender.send(ToEdge::Presence {
-                        payload: payload.clone(),
-                    });
-                }
+                self.presence.push(payload);
             }
             Effect::Send { to, message } => {
                 if let Some(sender) = self.edges.get(&to) {
@@ -1264,6 +1265,21 @@ impl Owned {
             Effect::Reload => {
                 tracing::error!(document.id = %self.name, "an update failed half-way; the document is loaded again");
             }
+        }
+    }
+
+    /// Tells the edges what became known of who is there, all of it at once.
+    fn show_presence(&mut self) {
+        let payload = match self.presence.as_slice() {
+            [] => return,
+            [one] => one.clone(),
+            several => awareness::merge(several.iter().map(Bytes::as_ref)),
+        };
+        // Most documents are idle at any moment.
+        self.presence = Vec::new();
+        for sender in self.edges.values() {
+            let payload = payload.clone();
+            sender.send(ToEdge::Presence { payload });
         }
     }
 

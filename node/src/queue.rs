@@ -11,9 +11,6 @@ use std::task::{Poll, Waker};
 
 use tokio::task::coop::cooperative;
 
-/// Room for as many messages is kept when a queue is empty.
-const KEPT: usize = 4;
-
 /// Puts messages in; clones put into the same queue.
 #[derive(Debug)]
 pub struct Sender<T>(Arc<Shared<T>>);
@@ -196,7 +193,7 @@ impl<T> Drop for Receiver<T> {
 impl<T> Inner<T> {
     fn take(&mut self) -> Option<T> {
         let message = self.messages.pop_front()?;
-        if self.messages.is_empty() && KEPT < self.messages.capacity() {
+        if self.messages.is_empty() {
             self.messages = VecDeque::new();
         }
         Some(message)
@@ -272,6 +269,6 @@ mod tests {
             sender.send(message).unwrap();
         }
         while receiver.try_recv().is_ok() {}
-        assert!(receiver.0.lock().messages.capacity() <= KEPT);
+        assert_eq!(receiver.0.lock().messages.capacity(), 0);
     }
 }

@@ -890,6 +890,13 @@ impl Document {
         {
             self.uncommitted_bytes -= bytes;
         }
+        // Most documents are idle at any moment.
+        if self.waiting.is_empty() {
+            self.waiting = VecDeque::new();
+        }
+        if self.uncommitted.is_empty() {
+            self.uncommitted = VecDeque::new();
+        }
         // Half of the bound, or it would go on and off with each commit.
         let room = self.uncommitted_bytes <= UNCOMMITTED_BYTES_MAX / 2
             && self.uncommitted.len() <= UNCOMMITTED_UPDATES_MAX / 2;

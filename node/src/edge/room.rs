@@ -44,8 +44,6 @@ const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
 const MESSAGES_PER_TURN: usize = 128;
 /// A larger edit does not wait for the end of its turn.
 const GATHERED_BYTES_MAX: usize = 4096;
-/// Memory for as many edits is kept; that of a burst is given back.
-const KEPT_EDITS: usize = 16;
 /// Between two looks for quiet sockets, and for an empty room.
 const TICK: Duration = Duration::from_secs(5);
 
@@ -714,15 +712,12 @@ impl Room {
                 socket.put_all(frames.drain(..));
             }
         }
-        for edit in edits.drain(..) {
+        for edit in edits {
             if let Ok(scan) = scan::scan_stored(&edit.update) {
                 for (client, end) in scan.client_ends() {
                     self.delivered.set_max(ClientID::new(client), end);
                 }
             }
-        }
-        if edits.capacity() <= KEPT_EDITS {
-            self.edits = edits;
         }
     }
 

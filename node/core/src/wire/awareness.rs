@@ -3,6 +3,8 @@
 //! It is a number of entries and then, for each, client id, clock and the client's state in JSON.
 //! Every peer parses that JSON as it comes, so what a peer could not parse is refused here.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 
 use super::json::is_json;
@@ -135,6 +137,16 @@ pub fn encode<'a>(entries: impl IntoIterator<Item = Entry<'a>>) -> Bytes {
     payload.into()
 }
 
+/// One payload that says what several said one after the other: of each client the last.
+pub fn merge<'a>(payloads: impl IntoIterator<Item = &'a [u8]>) -> Bytes {
+    let entries = payloads.into_iter().filter_map(|one| parse(one).ok());
+    let newest: BTreeMap<u64, Entry<'a>> = entries
+        .flatten()
+        .map(|entry| (entry.client, entry))
+        .collect();
+    encode(newest.into_values())
+}
+
 fn at_most(what: &'static str, size: u64, max: u64) -> Result<(), AwarenessError> {
     if size <= max {
         Ok(())
@@ -213,6 +225,23 @@ mod tests {
                 "{end}"
             );
         }
+    }
+
+    #[test]
+    fn what_clients_said_one_after_the_other_is_said_at_once() {
+        let entry = |client, clock, json| Entry {
+            client,
+            clock,
+            json,
+        };
+        let said = [
+            encode([entry(7, 1, "1"), entry(2, 1, "1")]),
+            encode([entry(7, 2, "2")]),
+            encode([entry(2, 1, GONE), entry(5, 9, "5")]),
+        ];
+        let merged = merge(said.iter().map(Bytes::as_ref));
+        let expected = [entry(2, 1, GONE), entry(5, 9, "5"), entry(7, 2, "2")];
+        assert_eq!(merged, encode(expected));
     }
 
     #[test]
