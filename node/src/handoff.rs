@@ -68,9 +68,12 @@ impl Handoff {
                     .map()
                     .handoffs(self.members.incarnation(), Instant::now());
                 let count = all.len();
-                let moves = next_of(all, &self.documents.slots_in_use());
-                if !moves.is_empty() && self.hand_over(&moves).await && moves.len() < count {
-                    continue;
+                // To look through all open documents is for when there is something to move.
+                if 0 < count {
+                    let moves = next_of(all, &self.documents.slots_in_use());
+                    if self.hand_over(&moves).await && moves.len() < count {
+                        continue;
+                    }
                 }
             }
             // At the latest after a poll.
