@@ -12,6 +12,7 @@ use collab_core::limits::PRELOAD_KEPT_FOR;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
+use super::opening;
 use crate::bus::Bus;
 use crate::memory::{Memory, Share};
 use crate::store::{Loaded, Ownership, Store};
@@ -62,8 +63,8 @@ impl Preloads {
             return;
         };
         let failovers = store.failovers().seen;
-        if let Ok(Loaded::Live(content)) = super::load(store, bus, id).await
-            && let Ok(document) = super::replayed(tasks, Epoch(0), &content).await
+        if let Ok(Loaded::Live(content)) = opening::load(store, bus, id).await
+            && let Ok(document) = opening::replayed(tasks, Epoch(0), &content).await
         {
             let room_epoch = content.room_epoch;
             share.set(document.memory());
@@ -98,7 +99,7 @@ impl Preloads {
             .tail(id, room_epoch, document.committed_seq())
             .await
             .ok()??;
-        super::guarded(tasks, move || {
+        opening::guarded(tasks, move || {
             document.resume(ownership.epoch, &tail)?;
             Ok(document)
         })
