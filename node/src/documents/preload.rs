@@ -127,3 +127,65 @@ impl Preloaded {
         self.at.elapsed() < PRELOAD_KEPT_FOR
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use bytes::Bytes;
+    use collab_core::document::NO_EDITS;
+    use collab_core::ids::{Seq, Slot};
+    use collab_core::limits::SLOTS_MIN;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::bus::memory::NoBus;
+    use crate::store::memory::Database;
+    use crate::store::{Append, Claim, Recreate, Registration};
+
+    #[tokio::test]
+    async fn what_was_read_before_a_failover_is_read_again() {
+        let database = Database::default();
+        let store = database.sessions();
+        let me = Registration {
+            node: "me".into(),
+            incarnation: Uuid::from_u128(1),
+            pod_uid: "me".to_owned(),
+            address: String::new(),
+            zone: String::new(),
+            weight: 100,
+        };
+        let registered = store.register(&me, SLOTS_MIN, Duration::from_mins(1));
+        registered.await.unwrap();
+        let claim = store.claim(me.incarnation, &[Slot(1)], Claim::Orphaned);
+        let ownership = Ownership {
+            slot: Slot(1),
+            epoch: claim.await.unwrap()[0].1,
+            incarnation: me.incarnation,
+        };
+        let id = DocumentId::new("a").unwrap();
+        let created = store.create(&id, ownership, Recreate::Refused);
+        created.await.unwrap();
+        let append = Append {
+            document: id.clone(),
+            seq: Seq(1),
+            ownership,
+            bytes: Bytes::from_static(&NO_EDITS),
+            author: String::new(),
+        };
+        store.append(&[append]).await.unwrap();
+
+        let (preloads, memory) = (Preloads::default(), Arc::new(Memory::unlimited()));
+        let tasks = Tasks::default();
+        let read = || preloads.read(&memory, &tasks, &store, &NoBus, &id);
+        let finish = || preloads.finish(&tasks, &store, ownership, &id);
+        read().await;
+        assert!(finish().await.is_some());
+        read().await;
+        // It loses nothing here, so the stored document still fits.
+        database.fail_over(0);
+        assert!(finish().await.is_none());
+        read().await;
+        assert!(finish().await.is_some());
+    }
+}

@@ -91,10 +91,15 @@ fn verify(bytes: &Bytes) -> Result<Summary, String> {
 
 #[cfg(test)]
 mod tests {
+    use collab_core::ids::{DocumentId, RoomEpoch, Slot};
     use collab_core::replica::new_doc;
+    use uuid::Uuid;
     use yrs::{ReadTxn, StateVector, Text, Transact};
 
     use super::*;
+    use crate::bus::memory::NoBus;
+    use crate::store::Ownership;
+    use crate::store::memory::Database;
 
     #[test]
     fn a_state_verifies_and_one_with_a_hole_does_not() {
@@ -110,5 +115,40 @@ mod tests {
         assert_eq!((whole.clocks, whole.deleted_clocks), (11, 1));
         assert!(verify(&txn.encode_diff_v1(&before).into()).is_err());
         assert!(verify(&Bytes::from_static(b"\x01\x01")).is_err());
+    }
+
+    /// Nobody owns the slot, so the store refuses whatever it is asked.
+    #[tokio::test]
+    async fn what_was_opened_before_a_failover_does_not_even_reach_the_store() {
+        let database = Database::default();
+        let store = database.sessions();
+        let ownership = Ownership {
+            slot: Slot(1),
+            epoch: Epoch(1),
+            incarnation: Uuid::nil(),
+        };
+        let snapshot = NewSnapshot {
+            document: DocumentId::new("a").unwrap(),
+            ownership,
+            room_epoch: RoomEpoch(1),
+            seq: Seq(1),
+            bytes: Document::open(Epoch(1), None, &[], Seq(0))
+                .unwrap()
+                .encode_state(),
+        };
+        let tasks = Tasks::default();
+        let refused = async |failovers| {
+            let written = write_verified(&tasks, &store, &NoBus, &snapshot, failovers);
+            written.await.unwrap_err()
+        };
+        let opened = store.failovers().seen;
+        assert_eq!(refused(opened).await, "the slot has a new owner");
+        database.fail_over(0);
+        store.reclaim(Uuid::nil(), &[]).await.unwrap();
+        assert!(refused(opened).await.contains("failed over"));
+        assert_eq!(
+            refused(store.failovers().seen).await,
+            "the slot has a new owner"
+        );
     }
 }
