@@ -19,7 +19,8 @@ use futures::StreamExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
-use tokio::time::{Instant, sleep};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
 use yrs::{ClientID, Doc, ReadTxn, Transact, Update};
@@ -63,6 +64,8 @@ pub(crate) struct World {
     clients: Mutex<BTreeMap<usize, Handle>>,
     next_client: Mutex<usize>,
     tasks_max: Mutex<usize>,
+    /// Nothing more goes wrong: whoever is away comes back at once.
+    healed: watch::Sender<bool>,
 }
 
 /// What may hold a process.
@@ -156,6 +159,7 @@ impl World {
             clients: Mutex::default(),
             next_client: Mutex::default(),
             tasks_max: Mutex::default(),
+            healed: watch::Sender::new(false),
         })
     }
 
@@ -560,13 +564,14 @@ impl World {
         };
         self.ails(pod, Duration::from_mins(2));
         let world = self.clone();
+        let mut healed = self.healed.subscribe();
         let handoff = process.node.handoff.clone();
         let left = process.tasks.spawn(async move { handoff.leave().await });
         tokio::spawn(async move {
             if left.await.is_ok() {
                 world.witness.trace(|| format!("pod {pod} has left"));
                 world.end(pod, &process);
-                sleep(pause).await;
+                let _ = timeout(pause, healed.wait_for(|healed| *healed)).await;
                 world.start(pod);
             }
         });
@@ -774,6 +779,7 @@ impl World {
     /// Ends all that goes wrong, and sees that receipts come again. Answers how many clients had to begin anew.
     async fn recover(self: &Arc<Self>) -> usize {
         self.witness.trace(|| "everything heals".to_owned());
+        self.healed.send_replace(true);
         self.network.heal();
         self.server.come_up();
         self.server.slow_commits(Duration::ZERO);
