@@ -27,7 +27,7 @@ use collab_core::limits::{
     RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
 use collab_core::mutants::Mutant;
-use futures::future::try_join_all;
+use futures::future::{join_all, try_join};
 use sqlx::error::DatabaseError;
 use sqlx::migrate::MigrateError;
 use sqlx::pool::PoolConnection;
@@ -219,16 +219,27 @@ impl Postgres {
     }
 
     /// Opens all sessions for documents. To open one takes several round trips and a key derivation, and the first edits of every
-    /// document that has just moved to a new node would wait for it.
+    /// document that has just moved to a new node would wait for it. A server that has not enough of them left is told in the log;
+    /// the rest are opened when there are more.
     async fn open_sessions(&self) -> Result<(), StoreError> {
-        let pools = [(&self.writes, WRITE_SESSIONS), (&self.reads, READ_SESSIONS)];
-        let acquired = pools
-            .into_iter()
-            .flat_map(|(pool, size)| (0..size).map(|_| pool.acquire()));
-        try_join_all(acquired)
-            .await
-            .map(drop)
-            .map_err(|error| self.failed(error))
+        let open = async |pool: &PgPool, size: u32| {
+            let opened = join_all((0..size).map(|_| pool.acquire())).await;
+            let open = opened.iter().filter(|session| session.is_ok()).count();
+            match opened.into_iter().find_map(Result::err) {
+                Some(error) if open == 0 => return Err(self.failed(error)),
+                Some(error) => {
+                    tracing::warn!(open, wanted = size, %error, "the database has not enough sessions left");
+                }
+                None => {}
+            }
+            Ok(())
+        };
+        try_join(
+            open(&self.writes, WRITE_SESSIONS),
+            open(&self.reads, READ_SESSIONS),
+        )
+        .await?;
+        Ok(())
     }
 
     async fn migrate(&self) -> Result<(), StoreError> {

@@ -1,5 +1,7 @@
 //! Frozen processes, killed servers, failovers.
 
+use sqlx::{Connection, PgConnection};
+
 use super::*;
 
 #[tokio::test]
@@ -33,6 +35,36 @@ async fn a_claim_ends_the_sessions_that_hold_it_up() {
         "{waited:?}"
     );
     assert!(frozen.commit().await.is_err(), "its session was ended");
+}
+
+/// The other nodes, and whoever else uses the server, may have most of its connections.
+#[tokio::test]
+async fn a_node_joins_a_database_that_has_few_sessions_left() {
+    let server = Server::start().await;
+    let bench = Bench::postgres_at(server.url()).await;
+    let node = bench.owner().await;
+    let mut superuser = PgConnection::connect(&server.superuser_url())
+        .await
+        .unwrap();
+    let sessions = "select count(*) from pg_stat_activity where usename = 'collab'";
+    let mut used = 0_i64;
+    while used < 14 {
+        let counted = sqlx::query_scalar(sessions).fetch_one(&mut superuser);
+        used = counted.await.unwrap();
+    }
+    let mut set_limit = async |limit: i64| {
+        let statement = format!("alter role collab connection limit {limit}");
+        let done = sqlx::query(AssertSqlSafe(statement)).execute(&mut superuser);
+        done.await.unwrap();
+    };
+    set_limit(used + 12).await;
+    let store = Postgres::connect(&server.url()).await.unwrap();
+    let doc = document("a");
+    store.append(&[node.update(&doc, 1, 1, "1")]).await.unwrap();
+    assert!(store.load(&doc).await.is_ok());
+    set_limit(used).await;
+    let failed = Postgres::connect(&server.url()).await.unwrap_err();
+    assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
 }
 
 /// The promise itself, at its smallest: what was answered is there after kill -9.
