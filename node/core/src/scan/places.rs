@@ -25,16 +25,22 @@ pub struct Places {
     kept: Kept,
 }
 
-/// What stands where.
+/// What stands where. The boxes keep the trees small, which have room for eleven where most documents need one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Kept {
-    /// For each client the clocks at which something changes, and what holds from there on.
-    runs: BTreeMap<u64, Vec<Run>>,
-    lists: BTreeMap<List, ListId>,
+    clients: BTreeMap<u64, Box<Written>>,
+    lists: BTreeMap<Box<List>, ListId>,
     /// What else is known of each list.
     kinds: Vec<Kind>,
-    /// For each client what its last clocks hold.
-    tails: BTreeMap<u64, Tail>,
+}
+
+/// What one client wrote.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Written {
+    /// The clocks at which something changes, and what holds from there on.
+    runs: Vec<Run>,
+    /// What its last clocks hold.
+    tail: Tail,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +119,7 @@ impl Places {
     pub fn conflict(&self, scan: &Scan<'_>) -> Option<Conflict> {
         scan.sections.iter().find_map(|section| {
             let known = self.next_clock(section.client).min(section.end);
-            let tail = self.kept.tails.get(&section.client)?;
+            let tail = &self.kept.clients.get(&section.client)?.tail;
             let mut id = Id {
                 client: section.client,
                 clock: section.start,
@@ -214,8 +220,8 @@ impl Kept {
                 return Err(misplaced("other content than the document has"));
             }
         }
-        self.tails.entry(id.client).or_default().append(id, read);
-        let runs = self.runs.entry(id.client).or_default();
+        let Written { runs, tail } = &mut **self.clients.entry(id.client).or_default();
+        tail.append(id, read);
         if runs.last().is_none_or(|last| last.at != at) {
             runs.push(Run {
                 start: id.clock.max(known),
@@ -306,14 +312,14 @@ impl Kept {
 
     fn list(&mut self, list: List, kind: Kind) -> ListId {
         let kinds = &mut self.kinds;
-        *self.lists.entry(list).or_insert_with(|| {
+        *self.lists.entry(Box::new(list)).or_insert_with(|| {
             kinds.push(kind);
             kinds.len() - 1
         })
     }
 
     fn at(&self, id: Id) -> At {
-        let Some(runs) = self.runs.get(&id.client) else {
+        let Some(Written { runs, .. }) = self.clients.get(&id.client).map(Box::as_ref) else {
             return At::Nowhere;
         };
         let after = runs.partition_point(|run| run.start <= id.clock);
@@ -321,10 +327,9 @@ impl Kept {
     }
 
     fn forget(&mut self, client: u64, from: u32) {
-        if let Some(runs) = self.runs.get_mut(&client) {
+        if let Some(written) = self.clients.get_mut(&client) {
+            let Written { runs, tail } = &mut **written;
             runs.truncate(runs.partition_point(|run| run.start < from));
-        }
-        if let Some(tail) = self.tails.get_mut(&client) {
             tail.truncate(from);
         }
     }
@@ -563,7 +568,7 @@ mod tests {
             .collect();
         let mut places = Places::default();
         take(&mut places, 1, 0, &maps).unwrap();
-        assert_eq!(places.kept.runs[&1].len(), 1);
+        assert_eq!(places.kept.clients[&1].runs.len(), 1);
         assert_eq!(
             places.kept.kinds,
             [Kind {
