@@ -27,7 +27,7 @@ enum Bound {
     AtLeastTimesBestRival(f64),
 }
 
-const BARS: [Bar; 27] = [
+const BARS: [Bar; 28] = [
     Bar {
         scenario: "propagate",
         figure: "p50 ms",
@@ -112,6 +112,11 @@ const BARS: [Bar; 27] = [
         scenario: "idle",
         figure: "KB/document",
         bound: Bound::AtMost(5.0),
+    },
+    Bar {
+        scenario: "leave",
+        figure: "ratio",
+        bound: Bound::AtMost(1.2),
     },
     Bar {
         scenario: "presence",

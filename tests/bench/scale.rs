@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::history::history;
 use crate::load::{Load, nobody_closed};
 use crate::scenarios::{EMPTY, Used, as_f64, join_all, send_history_to};
-use crate::servers::{BOTH_CORES, Home, Kind};
+use crate::servers::{BOTH_CORES, Home, Kind, Running};
 use crate::stats::{Figures, Histogram};
 
 /// Edits per second in all documents together.
@@ -15,6 +15,8 @@ const RATE: f64 = 1_000.0;
 const FEW: usize = 10;
 const MANY: usize = 10_000;
 const TIME: Duration = Duration::from_secs(6);
+/// When a document that was left has been forgotten, too.
+const LEFT_AFTER: Duration = Duration::from_mins(2);
 
 /// The same edits in a few documents, and spread over many; one client in each document, who types.
 pub(crate) fn documents(kind: Kind) -> Result<Figures> {
@@ -22,13 +24,7 @@ pub(crate) fn documents(kind: Kind) -> Result<Figures> {
     for count in [FEW, MANY] {
         let home = Home::new(kind, "documents")?;
         let server = home.start(None)?;
-        let mut load = Load::new(&server)?;
-        for first in (0..count).step_by(200) {
-            for number in first..count.min(first + 200) {
-                load.join(&format!("doc-{number}"), 1, 1, &EMPTY)?;
-            }
-            load.everybody_synced(Duration::from_mins(1))?;
-        }
+        let mut load = open(&server, count)?;
         load.type_at(RATE / as_f64(count as u64));
         // Everybody has typed once: what a document's first edit costs is not what an edit costs.
         load.pump_until(Duration::from_secs(15), |world| {
@@ -100,6 +96,49 @@ pub(crate) fn workers(kind: Kind) -> Result<Figures> {
     let mut all = compared(["µs/delivery, one core", "two cores", "ratio"], &costs);
     all.0.extend(figures.0);
     Ok(all)
+}
+
+/// Many documents of one edit that are opened, and left. The memory is that of the whole process, so at first a few are:
+/// as much of the program is in memory then as later.
+pub(crate) fn leave(kind: Kind) -> Result<Figures> {
+    let home = Home::new(kind, "leave")?;
+    let server = home.start(None)?;
+    let resident = || server.resident_kib().0 / 1024.0;
+    edit_once(&mut open(&server, FEW)?, FEW)?;
+    let few = resident();
+    let mut load = open(&server, MANY)?;
+    edit_once(&mut load, MANY)?;
+    let many = resident();
+    drop(load);
+    std::thread::sleep(LEFT_AFTER);
+    let left = resident();
+    let mut figures = Figures::default();
+    figures.set("MB with 10", few);
+    figures.set("with 10,000", many);
+    figures.set("all left", left);
+    figures.set("ratio", left / few);
+    Ok(figures)
+}
+
+fn edit_once(load: &mut Load<'_>, count: usize) -> Result<()> {
+    let count = count as u64;
+    load.type_at(RATE / as_f64(count));
+    load.pump_until(Duration::from_secs(15), |world| count <= world.edits())?;
+    load.rest();
+    load.pump(Duration::from_secs(1))?;
+    nobody_closed(&load.world)
+}
+
+/// One client in each of so many documents.
+fn open(server: &Running, count: usize) -> Result<Load<'_>> {
+    let mut load = Load::new(server)?;
+    for first in (0..count).step_by(200) {
+        for number in first..count.min(first + 200) {
+            load.join(&format!("doc-{number}"), 1, 1, &EMPTY)?;
+        }
+        load.everybody_synced(Duration::from_mins(1))?;
+    }
+    Ok(load)
 }
 
 /// CPU time in µs per edit of what is typed in the next seconds.

@@ -26,7 +26,7 @@ pub(crate) struct Scenario {
     pub(crate) raw: bool,
 }
 
-pub(crate) const SCENARIOS: [Scenario; 12] = [
+pub(crate) const SCENARIOS: [Scenario; 13] = [
     Scenario {
         name: "propagate",
         about: "20 documents × 5 clients, 2 of them type 5 times a second",
@@ -68,6 +68,12 @@ pub(crate) const SCENARIOS: [Scenario; 12] = [
         about: "5,000 connections on 500 documents of one edit; memory without the program itself",
         run: idle,
         raw: true,
+    },
+    Scenario {
+        name: "leave",
+        about: "10 documents of one edit, then 10,000, and all left; memory of the whole process two minutes later",
+        run: scale::leave,
+        raw: false,
     },
     Scenario {
         name: "presence",
