@@ -31,6 +31,7 @@ fuzz seconds="60":
 
 # Hurt a cluster in every way there is, ending with a table: half an hour; words choose drills. Needs root
 drills *words:
+    test -d tests/clients/node_modules || npm --prefix tests/clients ci
     cargo build --quiet --workspace --bins --tests
     cargo test --quiet --workspace --test drills -- {{words}}
 
