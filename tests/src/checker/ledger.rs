@@ -117,10 +117,11 @@ impl Ledger {
         f64::from(within) * 1000.0 / (until_ms - from_ms)
     }
 
-    /// From an edit to its receipt, of the edits made in a span of time, sorted.
+    /// From an edit to its receipt, of the edits made in a span of time by those who do not go offline by themselves, sorted.
     pub fn latencies_in(&self, from_ms: f64, until_ms: f64) -> Vec<Duration> {
-        let mut latencies: Vec<Duration> = self
-            .edits()
+        let online = self.writers.values().filter(|writer| writer.spells == 0);
+        let mut latencies: Vec<Duration> = online
+            .flat_map(|writer| &writer.edits)
             .filter(|edit| from_ms <= edit.made_ms && edit.made_ms < until_ms)
             .filter_map(|edit| Some(millis(edit.acked_ms? - edit.made_ms)))
             .collect();
@@ -128,7 +129,7 @@ impl Ledger {
         latencies
     }
 
-    /// From an edit to its receipt, sorted.
+    /// As [`Ledger::latencies_in`], of all times.
     pub fn latencies(&self) -> Vec<Duration> {
         self.latencies_in(f64::NEG_INFINITY, f64::INFINITY)
     }
