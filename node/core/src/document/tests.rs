@@ -115,10 +115,7 @@ fn a_client_whose_answer_has_a_hole_is_asked_again_when_the_document_has_grown()
     let mut bob = Typist::new(2);
     bob.receives(&first);
     let without_first = bob.types("b");
-    document.handle(Input::Join {
-        peer: BOB,
-        author: String::new(),
-    });
+    document.handle(join(BOB, ""));
     assert_eq!(
         document.handle(step2(BOB, 3, &without_first)),
         [Effect::NotAdmitted { reason: "gap" }],
@@ -149,10 +146,7 @@ fn what_a_client_waits_for_does_not_hold_up_its_own_edits() {
     let mut bob = Typist::new(2);
     let own = bob.types("own");
     bob.receives(&second);
-    document.handle(Input::Join {
-        peer: BOB,
-        author: String::new(),
-    });
+    document.handle(join(BOB, ""));
     let effects = document.handle(step2(BOB, 3, &bob.everything()));
     assert_eq!(effects[0], Effect::NotAdmitted { reason: "gap" });
     assert!(
@@ -331,10 +325,7 @@ fn the_past_is_replayed_from_a_snapshot_too_and_kept_short() {
         edge: EDGE,
         since: Bytes::new(),
     });
-    document.handle(Input::Join {
-        peer: ALICE,
-        author: String::new(),
-    });
+    document.handle(join(ALICE, ""));
     document.handle(step2(ALICE, 1, &Bytes::from_static(&NO_EDITS)));
     let state = typist.everything();
     let whole = *scan::scan_stored(&state).unwrap().summary();
@@ -499,10 +490,7 @@ fn a_read_only_document_takes_nothing_and_acknowledges_what_it_has() {
         edge: EDGE,
         since: Bytes::new(),
     });
-    document.handle(Input::Join {
-        peer: ALICE,
-        author: String::new(),
-    });
+    document.handle(join(ALICE, ""));
     assert_eq!(document.handle(step2(ALICE, 1, &good)), [receipt(ALICE, 1)]);
     for bytes in [typist.types("more"), typist.deletes(0, 2)] {
         assert_eq!(
@@ -666,10 +654,7 @@ fn presence_belongs_to_its_socket_and_ends_with_it_or_when_it_is_not_renewed() {
         [],
         "an older or equal clock says nothing new"
     );
-    document.handle(Input::Join {
-        peer: BOB,
-        author: "bob".to_owned(),
-    });
+    document.handle(join(BOB, "bob"));
     assert_eq!(
         document.handle(presence(BOB, 7, 9, "{}", at(2))),
         [],
@@ -865,10 +850,7 @@ fn shared_by_alice_and_bob() -> Document {
             edge: peer.edge,
             since: Bytes::new(),
         });
-        document.handle(Input::Join {
-            peer,
-            author: format!("{:?}", peer.edge),
-        });
+        document.handle(join(peer, &format!("{:?}", peer.edge)));
         document.handle(step2(peer, 1, &Bytes::from_static(&NO_EDITS)));
     }
     document
@@ -896,6 +878,13 @@ fn step2(peer: Peer, number: u64, update: &Bytes) -> Input {
         number,
         kind: UpdateKind::Step2,
         update: update.clone(),
+    }
+}
+
+fn join(peer: Peer, author: &str) -> Input {
+    Input::Join {
+        peer,
+        author: author.to_owned(),
     }
 }
 
