@@ -496,14 +496,7 @@ mod tests {
         let database = Database::default();
         let store: Arc<dyn Store> = Arc::new(database.sessions());
         let me = Uuid::from_u128(1);
-        let registration = Registration {
-            node: "me".into(),
-            incarnation: me,
-            pod_uid: "me".to_owned(),
-            address: String::new(),
-            zone: String::new(),
-            weight: 100,
-        };
+        let registration = Registration::alone(me);
         let (metrics, tasks) = (Metrics::new(), Tasks::default());
         let members = Members::new(
             store.clone(),

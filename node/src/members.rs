@@ -1097,14 +1097,7 @@ mod tests {
     #[tokio::test]
     async fn a_claim_that_a_failover_may_have_lost_is_not_noted() {
         let database = Database::default();
-        let registration = Registration {
-            node: NodeId("me".to_owned()),
-            incarnation: ME,
-            pod_uid: "me".to_owned(),
-            address: "host:1".to_owned(),
-            zone: String::new(),
-            weight: 100,
-        };
+        let registration = Registration::alone(ME);
         let store = Arc::new(database.sessions());
         let members = Members::new(store, Metrics::new(), registration, SLOTS_MIN, false);
         members.publish(|known| {

@@ -191,6 +191,21 @@ pub struct Registration {
     pub weight: u32,
 }
 
+#[cfg(test)]
+impl Registration {
+    /// The only node of a test.
+    pub(crate) fn alone(incarnation: Uuid) -> Self {
+        Self {
+            node: "me".into(),
+            incarnation,
+            pod_uid: "me".to_owned(),
+            address: "host:1".to_owned(),
+            zone: String::new(),
+            weight: 100,
+        }
+    }
+}
+
 /// A registered process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {

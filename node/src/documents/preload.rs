@@ -147,14 +147,7 @@ mod tests {
     async fn what_was_read_before_a_failover_is_read_again() {
         let database = Database::default();
         let store = database.sessions();
-        let me = Registration {
-            node: "me".into(),
-            incarnation: Uuid::from_u128(1),
-            pod_uid: "me".to_owned(),
-            address: String::new(),
-            zone: String::new(),
-            weight: 100,
-        };
+        let me = Registration::alone(Uuid::from_u128(1));
         let registered = store.register(&me, SLOTS_MIN, Duration::from_mins(1));
         registered.await.unwrap();
         let claim = store.claim(me.incarnation, &[Slot(1)], Claim::Orphaned);
