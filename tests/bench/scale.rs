@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::history::history;
 use crate::load::{Load, nobody_closed};
-use crate::scenarios::{EMPTY, Used, as_f64, join_all, send_history_to};
+use crate::scenarios::{EMPTY, Used, as_f64, join_all, one_edit_each, send_history_to};
 use crate::servers::{BOTH_CORES, Home, Kind, Running};
 use crate::stats::{Figures, Histogram};
 
@@ -104,10 +104,10 @@ pub(crate) fn leave(kind: Kind) -> Result<Figures> {
     let home = Home::new(kind, "leave")?;
     let server = home.start(None)?;
     let resident = || server.resident_kib().0 / 1024.0;
-    edit_once(&mut open(&server, FEW)?, FEW)?;
+    one_edit_each(&mut open(&server, FEW)?)?;
     let few = resident();
     let mut load = open(&server, MANY)?;
-    edit_once(&mut load, MANY)?;
+    one_edit_each(&mut load)?;
     let many = resident();
     drop(load);
     std::thread::sleep(LEFT_AFTER);
@@ -118,15 +118,6 @@ pub(crate) fn leave(kind: Kind) -> Result<Figures> {
     figures.set("all left", left);
     figures.set("ratio", left / few);
     Ok(figures)
-}
-
-fn edit_once(load: &mut Load<'_>, count: usize) -> Result<()> {
-    let count = count as u64;
-    load.type_at(RATE / as_f64(count));
-    load.pump_until(Duration::from_secs(15), |world| count <= world.edits())?;
-    load.rest();
-    load.pump(Duration::from_secs(1))?;
-    nobody_closed(&load.world)
 }
 
 /// One client in each of so many documents.

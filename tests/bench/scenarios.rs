@@ -420,7 +420,7 @@ fn idle(kind: Kind) -> Result<Figures> {
 }
 
 /// Lets every writer type at least once, and waits until the server has nothing more to do.
-fn one_edit_each(load: &mut Load<'_>) -> Result<()> {
+pub(crate) fn one_edit_each(load: &mut Load<'_>) -> Result<()> {
     let writers = load.world.clients.len() as u64;
     load.type_at(0.5);
     load.pump_until(Duration::from_secs(10), |world| writers <= world.edits())?;
