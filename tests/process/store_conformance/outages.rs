@@ -40,6 +40,8 @@ async fn a_claim_ends_the_sessions_that_hold_it_up() {
 /// The other nodes, and whoever else uses the server, may have most of its connections.
 #[tokio::test]
 async fn a_node_joins_a_database_that_has_few_sessions_left() {
+    /// Of one node.
+    const SESSIONS: i64 = 14;
     let server = Server::start().await;
     let bench = Bench::postgres_at(server.url()).await;
     let node = bench.owner().await;
@@ -48,7 +50,7 @@ async fn a_node_joins_a_database_that_has_few_sessions_left() {
         .unwrap();
     let sessions = "select count(*) from pg_stat_activity where usename = 'collab'";
     let mut used = 0_i64;
-    while used < 14 {
+    while used < SESSIONS {
         let counted = sqlx::query_scalar(sessions).fetch_one(&mut superuser);
         used = counted.await.unwrap();
     }
@@ -57,7 +59,7 @@ async fn a_node_joins_a_database_that_has_few_sessions_left() {
         let done = sqlx::query(AssertSqlSafe(statement)).execute(&mut superuser);
         done.await.unwrap();
     };
-    set_limit(used + 12).await;
+    set_limit(used + SESSIONS - 2).await;
     let store = Postgres::connect(&server.url()).await.unwrap();
     let doc = document("a");
     store.append(&[node.update(&doc, 1, 1, "1")]).await.unwrap();
