@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
+use std::num::NonZero;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -36,8 +37,8 @@ use super::{
     SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
-/// Connections that read.
-const READERS: u32 = 4;
+/// Connections that read, on a machine with as many cores. With more of them than cores all that is read at once comes late.
+const READERS_MAX: usize = 4;
 /// Rows of one insert; each binds 8 variables at most, of which SQLite allows 32,766.
 const INSERT_ROWS_MAX: usize = 1_000;
 /// Sizes of the statements that are kept prepared.
@@ -53,6 +54,8 @@ const CHECKPOINT_PAGES_MAX: &str = "16000";
 #[derive(Debug)]
 pub struct Sqlite {
     writer: SqlitePool,
+    /// Moves what was appended to its place, and writes what is durable together with what comes after it.
+    beside: SqlitePool,
     readers: SqlitePool,
     member: Mutex<Option<Member>>,
     /// Since the last checkpoint.
@@ -96,11 +99,16 @@ impl Sqlite {
             .await
             .map_err(|error| StoreError::Unusable(error.to_string()))?;
         let appended = Arc::new(AtomicBool::new(false));
-        let beside = pool(1).connect_lazy_with(options.clone());
-        let checkpoints = tokio::spawn(checkpoint(beside, appended.clone())).abort_handle();
-        let readers = pool(READERS).connect_lazy_with(options.read_only(true));
+        let beside = options.clone().synchronous(SqliteSynchronous::Normal);
+        let beside = pool(1).connect_lazy_with(beside);
+        let checkpoints = checkpoint(beside.clone(), appended.clone());
+        let checkpoints = tokio::spawn(checkpoints).abort_handle();
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let readers = u32::try_from(cores.clamp(1, READERS_MAX)).unwrap_or(1);
+        let readers = pool(readers).connect_lazy_with(options.read_only(true));
         Ok(Self {
             writer,
+            beside,
             readers,
             member: Mutex::new(None),
             appended,
@@ -173,10 +181,7 @@ impl Sqlite {
 
     /// Begins a transaction that writes.
     async fn write(&self) -> Result<Transaction<'static, Database>, StoreError> {
-        self.writer
-            .begin_with("begin immediate")
-            .await
-            .map_err(failed)
+        begin(&self.writer).await
     }
 }
 
@@ -184,6 +189,10 @@ impl Drop for Sqlite {
     fn drop(&mut self) {
         self.checkpoints.abort();
     }
+}
+
+async fn begin(pool: &SqlitePool) -> Result<Transaction<'static, Database>, StoreError> {
+    pool.begin_with("begin immediate").await.map_err(failed)
 }
 
 /// Moves what was appended to its place in the file, beside those who append: nobody waits for it.
@@ -292,23 +301,7 @@ impl Store for Sqlite {
             }
             tracing::error!(document.id = %document, %seq, "a snapshot does not verify; trying the one before");
         }
-        let rows = sqlx::query(
-            "select seq, crc32c, bytes from update_log where document = ? and seq > ? order by seq",
-        )
-        .bind(document.as_str())
-        .bind(after.0)
-        .fetch_all(&mut *view)
-        .await
-        .map_err(failed)?
-        .iter()
-        .map(|row| {
-            Ok(LogRow {
-                seq: get(row, 0)?,
-                crc32c: get(row, 1)?,
-                bytes: get(row, 2)?,
-            })
-        })
-        .collect::<Result<_, StoreError>>()?;
+        let rows = log_after(&mut view, document, after).await?;
         check_tail(after, reach, rows).after(document, room_epoch, snapshot)
     }
 
@@ -566,9 +559,11 @@ impl Store for Sqlite {
             .fetch_optional(&mut *view)
             .await
             .map_err(failed)?;
+        // In as many rows as there are owners: each takes two changes between threads.
         let rows = sqlx::query(
-            "select slot, owner, epoch, slot >= (select slots from control), document from slot
-             where revision >= ? order by slot",
+            "select owner, json_group_array(json_array(
+               slot, epoch, slot >= (select slots from control), document))
+             from slot where revision >= ? group by owner",
         )
         .bind(horizon)
         .fetch_all(&mut *view)
@@ -580,19 +575,19 @@ impl Store for Sqlite {
             ..MapChange::default()
         };
         for row in &rows {
-            let slot = Slot(get(row, 0)?);
-            change.slots.push(SlotRow {
-                slot,
-                owner: get(row, 1)?,
-                epoch: Epoch(get(row, 2)?),
-            });
-            if get(row, 3)? {
-                let document = get::<Option<String>>(row, 4)?;
-                change
-                    .pins
-                    .push((slot, document.map(document_id).transpose()?));
+            let (owner, slots): (_, String) = (get(row, 0)?, get(row, 1)?);
+            let slots: Vec<(u16, i64, u8, Option<String>)> =
+                serde_json::from_str(&slots).map_err(StoreError::unusable)?;
+            for (slot, epoch, is_virtual, document) in slots {
+                let (slot, epoch) = (Slot(slot), Epoch(epoch));
+                change.slots.push(SlotRow { slot, owner, epoch });
+                if is_virtual == 1 {
+                    let document = document.map(document_id).transpose()?;
+                    change.pins.push((slot, document));
+                }
             }
         }
+        change.slots.sort_unstable_by_key(|row| row.slot);
         Ok(change)
     }
 
@@ -615,7 +610,9 @@ impl Store for Sqlite {
             return Ok(Vec::new());
         }
         let numbers = serde_json::to_string(slots).map_err(StoreError::unusable)?;
-        let mut write = self.write().await?;
+        // Nobody waits for the disk: what stands under these epochs comes after them in the write-ahead log, and is
+        // durable only with them.
+        let mut write = begin(&self.beside).await?;
         sqlx::query("update control set revision = revision + 1")
             .execute(&mut *write)
             .await
@@ -961,6 +958,41 @@ async fn grant(
     } else {
         Err(Term(current))
     })
+}
+
+/// The log after a position, in order.
+async fn log_after(
+    connection: &mut SqliteConnection,
+    document: &DocumentId,
+    after: Seq,
+) -> Result<Vec<LogRow>, StoreError> {
+    // In one row: each takes two changes between threads, which cost more than a short update itself. What `group_concat`
+    // makes of bytes is text in name only; the checksums tell if it ever should be more.
+    let row = sqlx::query(
+        "select json_group_array(json_array(seq, crc32c, length(bytes))),
+           cast(coalesce(group_concat(bytes, ''), '') as blob)
+         from update_log where document = ? and seq > ?",
+    )
+    .bind(document.as_str())
+    .bind(after.0)
+    .fetch_one(connection)
+    .await
+    .map_err(failed)?;
+    let (heads, mut bytes): (String, &[u8]) = (get(&row, 0)?, get(&row, 1)?);
+    let heads: Vec<(i64, i64, usize)> =
+        serde_json::from_str(&heads).map_err(StoreError::unusable)?;
+    let mut rows = Vec::with_capacity(heads.len());
+    for (seq, crc32c, length) in heads {
+        let (update, rest) = bytes.split_at_checked(length).unwrap_or((bytes, &[]));
+        rows.push(LogRow {
+            seq,
+            crc32c,
+            bytes: update.to_vec(),
+        });
+        bytes = rest;
+    }
+    rows.sort_unstable_by_key(|row| row.seq);
+    Ok(rows)
 }
 
 /// Seqs of a document's snapshots from `least` on, newest first.
