@@ -41,6 +41,7 @@ mod room;
 pub use apply::ApplyError;
 pub use family::Family;
 pub use hocuspocus::{Admitted, Gate};
+pub use outbox::{Direct, Sent};
 
 use hocuspocus::Hocuspocus;
 use outbox::{Outbox, Taken};
@@ -192,17 +193,18 @@ impl Edge {
         self.lock_sockets().len()
     }
 
-    /// Serves a client that has one document, until either side closes.
+    /// Serves a client that has one document, until either side closes. What it is told goes to it `direct`, if it can.
     pub async fn serve<S, E>(
         self: Arc<Self>,
         socket: S,
+        direct: Option<Arc<dyn Direct>>,
         document: DocumentId,
         Admitted { visitor, until }: Admitted,
         family: Family,
     ) where
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
-        self.run(socket, |line| {
+        self.run(socket, direct, |line| {
             let membership = self.join(&document, visitor, family, line.clone());
             OneDocument {
                 edge: self.clone(),
@@ -215,12 +217,16 @@ impl Edge {
     }
 
     /// Serves a client of Hocuspocus, which brings a token for each of its documents to the `gate`.
-    pub async fn serve_hocuspocus<S, E>(self: Arc<Self>, socket: S, gate: Gate)
-    where
+    pub async fn serve_hocuspocus<S, E>(
+        self: Arc<Self>,
+        socket: S,
+        direct: Option<Arc<dyn Direct>>,
+        gate: Gate,
+    ) where
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
-        self.run(socket, |line| Hocuspocus::new(self.clone(), line, gate))
-            .await;
+        let client = |line| Hocuspocus::new(self.clone(), line, gate);
+        self.run(socket, direct, client).await;
     }
 
     /// Closes every socket with "service restart", at a limited rate and in no order that clients share.
@@ -244,15 +250,19 @@ impl Edge {
         }
     }
 
-    async fn run<S, E, C: Client>(&self, socket: S, client: impl FnOnce(Line) -> C)
-    where
+    async fn run<S, E, C: Client>(
+        &self,
+        socket: S,
+        direct: Option<Arc<dyn Direct>>,
+        client: impl FnOnce(Line) -> C,
+    ) where
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
         let id = self.next_connection();
         let (close, closed) = oneshot::channel();
         self.lock_sockets().insert(id, close);
         self.metrics.connections.inc();
-        let code = self.run_socket(socket, client, closed).await;
+        let code = self.run_socket(socket, direct, client, closed).await;
         self.lock_sockets().remove(&id);
         self.metrics.connections.dec();
         tracing::debug!(connection = id.0, code, "socket closed");
@@ -261,13 +271,14 @@ impl Edge {
     async fn run_socket<S, E, C: Client>(
         &self,
         mut socket: S,
+        direct: Option<Arc<dyn Direct>>,
         client: impl FnOnce(Line) -> C,
         mut closed: oneshot::Receiver<Close>,
     ) -> u16
     where
         S: Stream<Item = Result<WsMessage, E>> + Sink<WsMessage> + Send + Unpin,
     {
-        let (out, queue) = Outbox::new();
+        let (out, queue) = Outbox::new(direct);
         let credit = Arc::new(Semaphore::new(UNANSWERED_UPDATES_MAX));
         let mut client = client(Line {
             out,
@@ -300,9 +311,9 @@ impl Edge {
                             break close;
                         }
                     }
-                    Taken::Frames(bytes) => {
-                        let (count, begun) = (batch.len(), Instant::now());
-                        self.metrics.deliveries.inc_by(count as u64);
+                    Taken::Frames(count, bytes) => {
+                        let begun = Instant::now();
+                        self.metrics.deliveries.inc_by(batch.len() as u64);
                         let sent = async {
                             for frame in batch.drain(..) {
                                 socket.feed(WsMessage::Binary(frame)).await?;

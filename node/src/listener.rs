@@ -94,10 +94,7 @@ pub async fn serve(listener: TcpListener, router: Router, places: Places, metric
         }
         match taken.take(peer.ip(), places) {
             Ok(place) => {
-                let stream = TokioIo::new(Placed {
-                    stream,
-                    _place: place,
-                });
+                let stream = TokioIo::new(Placed { stream, place });
                 let service = router
                     .clone()
                     .map_request(|request: Request<Incoming>| request.map(Body::new));
@@ -201,7 +198,7 @@ impl Taken {
 
 /// A place that is given back when this is dropped.
 #[derive(Debug)]
-struct Place {
+pub struct Place {
     taken: Arc<Taken>,
     address: IpAddr,
 }
@@ -220,9 +217,16 @@ impl Drop for Place {
 }
 
 /// A connection with its place.
-struct Placed {
+pub struct Placed {
     stream: TcpStream,
-    _place: Place,
+    place: Place,
+}
+
+impl Placed {
+    /// The place is to be kept as long as the connection is.
+    pub fn into_parts(self) -> (TcpStream, Place) {
+        (self.stream, self.place)
+    }
 }
 
 impl AsyncRead for Placed {

@@ -215,7 +215,10 @@ async fn y_websocket(
     let serve = one_document(&app, &document, &query, &headers);
     serve.map_or_else(IntoResponse::into_response, |(document, admitted)| {
         let edge = app.edge.clone();
-        upgrade.on_upgrade(move |socket| edge.serve(socket, document, admitted, Family::YWebsocket))
+        upgrade.on_upgrade(move |socket| {
+            let direct = Some(socket.direct());
+            edge.serve(socket, direct, document, admitted, Family::YWebsocket)
+        })
     })
 }
 
@@ -235,7 +238,10 @@ async fn y_sweet(
     };
     serve.map_or_else(IntoResponse::into_response, |(document, admitted)| {
         let edge = app.edge.clone();
-        upgrade.on_upgrade(move |socket| edge.serve(socket, document, admitted, Family::YSweet))
+        upgrade.on_upgrade(move |socket| {
+            let direct = Some(socket.direct());
+            edge.serve(socket, direct, document, admitted, Family::YSweet)
+        })
     })
 }
 
@@ -273,7 +279,10 @@ async fn hocuspocus(
         });
         admitted.map_err(|error| error.to_string())
     });
-    upgrade.on_upgrade(move |socket| edge.serve_hocuspocus(socket, gate))
+    upgrade.on_upgrade(move |socket| {
+        let direct = Some(socket.direct());
+        edge.serve_hocuspocus(socket, direct, gate)
+    })
 }
 
 /// Routes that come once there is something behind them; until then only "alive" is answered.

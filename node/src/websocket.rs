@@ -1,12 +1,15 @@
 //! The server's side of a client's WebSocket (RFC 6455).
 //!
 //! Turns of many messages cost one call of the system: all that waits for a client is written together, and all that it
-//! sent is read at once, into memory that the sockets of a thread share. A socket that is idle holds no buffer. There are
-//! no extensions: compression is a way to bombs of a thousand to one.
+//! sent is read at once, into memory that the sockets of a thread share. Whoever has messages for a client writes them
+//! itself, as long as the system takes them: a turn of the socket's own task would cost as much again. A socket that is idle
+//! holds no buffer. There are no extensions: compression is a way to bombs of a thousand to one.
 
 use std::cell::RefCell;
 use std::io::{self, ErrorKind, IoSlice};
+use std::mem;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use axum::extract::FromRequestParts;
@@ -16,15 +19,18 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Buf, Bytes};
 use futures::{Sink, Stream};
-use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper::upgrade::{OnUpgrade, Parts as UpgradedParts};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::io::poll_read_buf;
 
 mod inbox;
 mod outgoing;
 
+use crate::edge::{Direct, Sent};
+use crate::listener::{Place, Placed};
 use inbox::Inbox;
 use outgoing::Outgoing;
 
@@ -40,6 +46,8 @@ const SLICES: usize = 64;
 thread_local! {
     /// What is read passes through here, and is copied to as much memory as it takes.
     static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
+    /// What is sent directly is put together here, and seldom has to wait.
+    static SENT: RefCell<Outgoing> = RefCell::default();
 }
 
 /// A request for a WebSocket.
@@ -100,7 +108,13 @@ impl Upgrade {
     {
         tokio::spawn(async move {
             match self.upgrade.await {
-                Ok(upgraded) => serve(Box::new(Socket::new(upgraded))).await,
+                Ok(upgraded) => {
+                    if let Ok(parts) = upgraded.downcast() {
+                        serve(Box::new(Socket::new(parts))).await;
+                    } else {
+                        tracing::error!("a socket that the listener of clients did not accept");
+                    }
+                }
                 Err(error) => tracing::debug!(%error, "a client left while its socket was opened"),
             }
         });
@@ -155,27 +169,55 @@ pub enum SocketError {
 
 /// A client's socket. Pings are answered by it; a message that is too large closes it (1009).
 pub struct Socket {
-    io: TokioIo<Upgraded>,
+    reader: OwnedReadHalf,
     inbox: Inbox,
-    outgoing: Outgoing,
+    writer: Arc<Writer>,
     /// Nothing is read any more.
     ended: bool,
+    _place: Place,
+}
+
+/// The side of a socket that writes.
+#[derive(Debug)]
+struct Writer(Mutex<Writing>);
+
+#[derive(Debug)]
+struct Writing {
+    stream: OwnedWriteHalf,
+    outgoing: Outgoing,
+    /// A close frame is the last one.
+    closed: bool,
 }
 
 impl Socket {
-    fn new(upgraded: Upgraded) -> Self {
-        Self {
-            io: TokioIo::new(upgraded),
-            inbox: Inbox::default(),
+    fn new(parts: UpgradedParts<TokioIo<Placed>>) -> Self {
+        let (stream, place) = parts.io.into_inner().into_parts();
+        let (reader, stream) = stream.into_split();
+        let mut inbox = Inbox::default();
+        inbox.bytes().extend_from_slice(&parts.read_buf);
+        let writing = Writing {
+            stream,
             outgoing: Outgoing::default(),
+            closed: false,
+        };
+        Self {
+            reader,
+            inbox,
+            writer: Arc::new(Writer(Mutex::new(writing))),
             ended: false,
+            _place: place,
         }
+    }
+
+    /// Sends messages from beside the socket.
+    pub fn direct(&self) -> Arc<dyn Direct> {
+        self.writer.clone()
     }
 
     /// Reads what there is; `false`: the client has closed.
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let missing = self.inbox.missing();
-        let (io, bytes) = (Pin::new(&mut self.io), self.inbox.bytes());
+        let (io, bytes) = (Pin::new(&mut self.reader), self.inbox.bytes());
         if READ_BYTES < missing {
             bytes.reserve(missing.min(LONG_READ_BYTES));
             return poll_read_buf(io, context, bytes).map_ok(|read| 0 < read);
@@ -188,33 +230,90 @@ impl Socket {
         })
     }
 
-    fn poll_write(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Self { io, outgoing, .. } = self;
-        while outgoing.has_remaining() {
-            let io = Pin::new(&mut *io);
-            let first = outgoing.chunk();
-            let written = ready!(if first.len() == outgoing.remaining() {
-                io.poll_write(context, first)
-            } else {
-                let mut slices = [IoSlice::new(&[]); SLICES];
-                let count = outgoing.chunks_vectored(&mut slices);
-                io.poll_write_vectored(context, &slices[..count])
-            })?;
-            if written == 0 {
-                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
-            }
-            outgoing.advance(written);
-        }
-        Pin::new(io).poll_flush(context)
-    }
-
     /// The client has closed, or is to be: says so, if it is not too late for that.
     fn end(&mut self, context: &mut Context<'_>, code: Option<u16>, reason: &str) {
         self.ended = true;
-        self.outgoing
-            .push(Kind::Close, &close_payload(code, reason));
-        let _ = self.poll_write(context);
+        let mut writing = self.writer.lock();
+        writing.push(Kind::Close, &close_payload(code, reason));
+        let _ = writing.poll_write(context);
     }
+}
+
+impl Writer {
+    fn lock(&self) -> MutexGuard<'_, Writing> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Direct for Writer {
+    fn send(&self, frames: &[Bytes]) -> Sent {
+        let mut writing = self.lock();
+        if writing.closed || writing.outgoing.has_remaining() {
+            return Sent::Nothing;
+        }
+        let Writing {
+            stream, outgoing, ..
+        } = &mut *writing;
+        SENT.with_borrow_mut(|sent| {
+            for frame in frames {
+                sent.push(Kind::Binary, frame);
+            }
+            let written = write(sent, |slices| {
+                Poll::Ready(match slices {
+                    [slice] => stream.try_write(slice),
+                    slices => stream.try_write_vectored(slices),
+                })
+            });
+            // If it was not, the socket's task learns why.
+            if matches!(written, Poll::Ready(Ok(()))) {
+                Sent::All
+            } else {
+                mem::swap(sent, outgoing);
+                Sent::Part
+            }
+        })
+    }
+}
+
+impl Writing {
+    fn push(&mut self, kind: Kind, payload: &Bytes) {
+        if !self.closed {
+            self.closed = kind == Kind::Close;
+            self.outgoing.push(kind, payload);
+        }
+    }
+
+    fn poll_write(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let written = write(&mut self.outgoing, |slices| {
+            let stream = Pin::new(&mut self.stream);
+            match slices {
+                [slice] => stream.poll_write(context, slice),
+                slices => stream.poll_write_vectored(context, slices),
+            }
+        });
+        if written.is_ready() {
+            // Most sockets have nothing to send at any moment.
+            self.outgoing = Outgoing::default();
+        }
+        written
+    }
+}
+
+/// Writes all there is, as much as the system takes `once` at a time.
+fn write(
+    outgoing: &mut Outgoing,
+    mut once: impl FnMut(&[IoSlice<'_>]) -> Poll<io::Result<usize>>,
+) -> Poll<io::Result<()>> {
+    while outgoing.has_remaining() {
+        let mut slices = [IoSlice::new(&[]); SLICES];
+        let count = outgoing.chunks_vectored(&mut slices);
+        let written = ready!(once(&slices[..count]))?;
+        if written == 0 {
+            return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+        }
+        outgoing.advance(written);
+    }
+    Poll::Ready(Ok(()))
 }
 
 impl Stream for Socket {
@@ -222,9 +321,7 @@ impl Stream for Socket {
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        if this.outgoing.has_remaining()
-            && let Poll::Ready(Err(error)) = this.poll_write(context)
-        {
+        if let Poll::Ready(Err(error)) = this.writer.lock().poll_write(context) {
             this.ended = true;
             return Poll::Ready(Some(Err(error.into())));
         }
@@ -232,9 +329,12 @@ impl Stream for Socket {
             match this.inbox.next() {
                 Ok(Some(message)) => {
                     match &message {
-                        Message::Ping(payload) if this.outgoing.remaining() < WAITING_BYTES_MAX => {
-                            this.outgoing.push(Kind::Pong, payload);
-                            let _ = this.poll_write(context);
+                        Message::Ping(payload) => {
+                            let mut writing = this.writer.lock();
+                            if writing.outgoing.remaining() < WAITING_BYTES_MAX {
+                                writing.push(Kind::Pong, payload);
+                                let _ = writing.poll_write(context);
+                            }
                         }
                         Message::Close(frame) => {
                             let code = frame.as_ref().map(|frame| frame.code);
@@ -268,10 +368,11 @@ impl Sink<Message> for Socket {
     type Error = io::Error;
 
     fn poll_ready(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.outgoing.remaining() < WAITING_BYTES_MAX {
+        let mut writing = self.writer.lock();
+        if writing.outgoing.remaining() < WAITING_BYTES_MAX {
             Poll::Ready(Ok(()))
         } else {
-            self.poll_flush(context)
+            writing.poll_write(context)
         }
     }
 
@@ -287,18 +388,18 @@ impl Sink<Message> for Socket {
                 (Kind::Close, close_payload(code, reason))
             }
         };
-        self.get_mut().outgoing.push(kind, &payload);
+        self.writer.lock().push(kind, &payload);
         Ok(())
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().poll_write(context)
+        self.writer.lock().poll_write(context)
     }
 
     fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        ready!(this.poll_write(context))?;
-        Pin::new(&mut this.io).poll_shutdown(context)
+        let mut writing = self.writer.lock();
+        ready!(writing.poll_write(context))?;
+        Pin::new(&mut writing.stream).poll_shutdown(context)
     }
 }
 

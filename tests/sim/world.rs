@@ -345,7 +345,8 @@ impl World {
                             visitor,
                             until: None,
                         };
-                        edge.serve(&mut socket, document, admitted, family).await;
+                        edge.serve(&mut socket, None, document, admitted, family)
+                            .await;
                     });
                 }
                 Listener::Nobody => link.reset(),

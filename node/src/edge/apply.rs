@@ -65,7 +65,7 @@ impl Edge {
         if update.as_ref() == NO_EDITS {
             return Ok(());
         }
-        let (out, taker) = Outbox::new();
+        let (out, taker) = Outbox::new(None);
         let line = Line {
             out,
             credit: Arc::new(Semaphore::new(1)),

@@ -18,6 +18,7 @@ use collab_core::limits::{
 use collab_core::scan;
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable, UpdateKind};
 use collab_core::wire::y_websocket::Message;
+use tokio::task::yield_now;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
@@ -25,6 +26,7 @@ use yrs::updates::encoder::Encode;
 use yrs::{ClientID, StateVector};
 
 use super::family::{Family, Recent, Shared, Told};
+use super::outbox::Turn;
 use super::{Access, CLOSE_POLICY, CLOSE_TRY_AGAIN, Edge, Line, Visitor};
 use crate::documents::{Attachment, EdgeSender};
 use crate::peers::RemoteChannel;
@@ -161,6 +163,7 @@ pub(super) struct Room {
     own_inputs: queue::WeakSender<FromSocket>,
     /// Boxed: a tree makes room for eleven at once, and most documents have few.
     sockets: BTreeMap<ConnectionId, Box<Socket>>,
+    turn: Arc<Turn>,
     upstream: Option<Upstream>,
     retry_at: Instant,
     /// An owner of an earlier epoch is none any more, whatever the map still shows; for a while, since who said so may have
@@ -235,6 +238,7 @@ impl Room {
             inputs,
             own_inputs,
             sockets: BTreeMap::new(),
+            turn: Arc::default(),
             upstream: None,
             retry_at: Instant::now(),
             least_epoch: (Epoch(0), Instant::now()),
@@ -258,6 +262,7 @@ impl Room {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            self.edge.metrics.deliveries.inc_by(self.turn.end() as u64);
             let is_wanted = self.upstream.is_none() && !self.resting;
             if is_wanted && self.retry_at <= Instant::now() {
                 self.attach();
@@ -274,6 +279,8 @@ impl Room {
                 },
                 input = self.inputs.recv() => match input {
                     Some(input) => {
+                        // The other sockets read first: what they bring goes with this.
+                        yield_now().await;
                         self.socket_says(input);
                         for _ in 1..MESSAGES_PER_TURN {
                             let Ok(input) = self.inputs.try_recv() else { break };
@@ -661,7 +668,7 @@ impl Room {
                 visitor,
                 family,
                 line,
-            } => self.join(Box::new(Socket::new(connection, visitor, family, line))),
+            } => self.join(connection, visitor, family, line),
             FromSocket::Admit {
                 connection,
                 visitor,
@@ -731,7 +738,9 @@ impl Room {
         }
     }
 
-    fn join(&mut self, mut socket: Box<Socket>) {
+    fn join(&mut self, connection: ConnectionId, visitor: Visitor, family: Family, line: Line) {
+        let turn = self.turn.clone();
+        let mut socket = Box::new(Socket::new(connection, visitor, family, line, turn));
         self.resting = false;
         if let Some(reason) = self.full_for(&socket.visitor) {
             socket.kick(CLOSE_TRY_AGAIN, reason);

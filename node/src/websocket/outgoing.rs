@@ -94,10 +94,6 @@ impl Buf for Outgoing {
             self.parts.pop_front();
         }
         self.end.advance(written);
-        if self.bytes == 0 {
-            // Most sockets have nothing to send at any moment.
-            *self = Self::default();
-        }
     }
 }
 
@@ -149,7 +145,6 @@ mod tests {
                 outgoing.advance(size);
             }
             assert!(written == expected, "by {size} bytes");
-            assert_eq!(outgoing.end.capacity() + outgoing.parts.capacity(), 0);
         }
     }
 }

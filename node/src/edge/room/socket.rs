@@ -1,6 +1,7 @@
 //! One socket in its room: what of the document it is sent and when, and the receipts that it is owed.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use collab_core::document::{NO_CLOCKS, NO_EDITS};
@@ -19,6 +20,7 @@ use yrs::{ClientID, StateVector, diff_updates_v1};
 
 use super::FromSocket;
 use crate::edge::family::{Family, Frames, Recent, Shared, Told};
+use crate::edge::outbox::Turn;
 use crate::edge::pace::Pace;
 use crate::edge::{Access, CLOSE_TRY_AGAIN, Close, Line, Visitor};
 use crate::queue;
@@ -28,6 +30,8 @@ pub(super) struct Socket {
     pub(super) visitor: Visitor,
     pub(super) family: Family,
     pub(super) line: Line,
+    /// Of its room.
+    turn: Arc<Turn>,
     /// It was told to end.
     ended: bool,
     /// The client's state vector, until its whole step 2 is sent.
@@ -137,6 +141,7 @@ impl Socket {
         visitor: Visitor,
         family: Family,
         line: Line,
+        turn: Arc<Turn>,
     ) -> Self {
         let now = Instant::now();
         Self {
@@ -144,6 +149,7 @@ impl Socket {
             visitor,
             family,
             line,
+            turn,
             ended: false,
             step1: None,
             began_with: None,
@@ -211,12 +217,12 @@ impl Socket {
 
     pub(super) fn put(&mut self, frame: Bytes) {
         self.last_out = Instant::now();
-        self.line.out.put(frame);
+        self.turn.add(&self.line.out, [frame]);
     }
 
     pub(super) fn put_all(&mut self, frames: impl IntoIterator<Item = Bytes>) {
         self.last_out = Instant::now();
-        self.line.out.put_all(frames);
+        self.turn.add(&self.line.out, frames);
     }
 
     /// Sends a part of what comes before a step 2.

@@ -353,7 +353,7 @@ fn hocuspocus(access: Access) -> (Socket, Taker) {
 }
 
 fn socket(family: Family, access: Access) -> (Socket, Taker) {
-    let (out, queue) = Outbox::new();
+    let (out, queue) = Outbox::new(None);
     let visitor = Visitor {
         author: String::new(),
         access,
@@ -362,7 +362,7 @@ fn socket(family: Family, access: Access) -> (Socket, Taker) {
         out,
         credit: Arc::new(Semaphore::new(8)),
     };
-    let mut socket = Socket::new(CONNECTION, visitor, family, line);
+    let mut socket = Socket::new(CONNECTION, visitor, family, line, Arc::default());
     socket.feed = Feed::Held;
     (socket, queue)
 }
