@@ -16,7 +16,7 @@ use collab_core::control::LoadSample;
 use collab_core::ids::DocumentId;
 use futures::StreamExt;
 use serde::Deserialize;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::time::{Instant, sleep};
 use tower::ServiceExt;
 use tower_http::set_header::SetResponseHeaderLayer;
@@ -47,6 +47,9 @@ use crate::websocket::Upgrade;
 
 /// Between two tries to reach a database that does not answer yet.
 const STORE_RETRY: Duration = Duration::from_secs(1);
+/// Connections that may wait to be accepted; the system may allow fewer. After a failover thousands come at once, and who
+/// finds no room tries again a second later at the earliest.
+const BACKLOG: u32 = 4096;
 /// Between two samples of the load.
 const LOAD_EVERY: Duration = Duration::from_millis(500);
 
@@ -78,9 +81,9 @@ pub struct App {
 /// When it cannot start, or a task that must not end has ended.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let metrics = Metrics::new();
-    let listener = bind(config.listen).await?;
+    let listener = bind(config.listen)?;
     let internal = match config.internal_listen {
-        Some(address) => Some(bind(address).await?),
+        Some(address) => Some(bind(address)?),
         None => None,
     };
     // A node that waits for its database is alive, though not ready.
@@ -309,9 +312,18 @@ impl Late {
     }
 }
 
-async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    let listener = TcpListener::bind(address).await;
-    listener.with_context(|| {
+fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listen = || {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        // A node that is started again need not wait until the system has forgotten the connections of the one before.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listen().with_context(|| {
         format!("cannot listen on {address}; choose another address with --listen")
     })
 }
