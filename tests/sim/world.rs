@@ -7,7 +7,7 @@ use std::time::Duration;
 use collab_core::document::Document;
 use collab_core::ids::{DocumentId, NodeId, Slot};
 use collab_core::limits::{
-    ADOPT_AFTER_FAILOVER, LEASE, SNAPSHOT_AFTER_UPDATES, SNAPSHOT_URGENT_UPDATES,
+    ADOPT_AFTER_FAILOVER, LEASE, SNAPSHOT_AFTER_UPDATES, SNAPSHOT_OVERDUE_UPDATES,
 };
 use collab_core::ring::slot_of;
 use collab_core::scan::Gap;
@@ -51,7 +51,7 @@ const TASKS_OF_NODE: usize = 20;
 /// Most tasks for a client, a document or another node.
 const TASKS_EACH: usize = 4;
 /// Most rows that a log has left after the snapshots that are due.
-const LOG_ROWS_MAX: usize = (SNAPSHOT_URGENT_UPDATES + SNAPSHOT_AFTER_UPDATES) as usize;
+const LOG_ROWS_MAX: usize = (2 * SNAPSHOT_AFTER_UPDATES + SNAPSHOT_OVERDUE_UPDATES) as usize;
 
 /// Everything.
 pub(crate) struct World {

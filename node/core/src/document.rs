@@ -17,7 +17,11 @@ use yrs::updates::encoder::Encode;
 use yrs::{ReadTxn, StateVector, Transact, Update};
 
 use crate::ids::{ConnectionId, Epoch, Seq};
-use crate::limits::{LARGE_STATE_BYTES, UNCOMMITTED_BYTES_MAX, UNCOMMITTED_UPDATES_MAX};
+use crate::limits::{
+    LARGE_STATE_BYTES, SNAPSHOT_AFTER_UPDATES, SNAPSHOT_AFTER_UPDATES_MAX,
+    SNAPSHOT_BYTES_PER_UPDATE, SNAPSHOT_OVERDUE_UPDATES, UNCOMMITTED_BYTES_MAX,
+    UNCOMMITTED_UPDATES_MAX,
+};
 use crate::mutants::Mutant;
 use crate::replica::Replica;
 use crate::scan::{self, Places, Summary};
@@ -257,6 +261,23 @@ impl Document {
         } else {
             self.committed.0 - self.snapshot.0
         }
+    }
+
+    /// Log rows that make a snapshot due.
+    fn snapshot_after(&self) -> i64 {
+        let bytes = i64::try_from(self.stored.snapshot + self.stored.log).unwrap_or(i64::MAX);
+        let rows = bytes / SNAPSHOT_BYTES_PER_UPDATE;
+        rows.clamp(SNAPSHOT_AFTER_UPDATES, SNAPSHOT_AFTER_UPDATES_MAX)
+    }
+
+    /// The log is long enough for a new snapshot, as soon as the document [is settled](Self::is_settled).
+    pub fn snapshot_is_due(&self) -> bool {
+        self.snapshot_after() <= self.tail()
+    }
+
+    /// The log is so long that edits are to wait until a snapshot can be made.
+    pub fn snapshot_is_overdue(&self) -> bool {
+        self.snapshot_after() + SNAPSHOT_OVERDUE_UPDATES <= self.tail()
     }
 
     /// A snapshot up to this position is stored; `whole` is what was counted in it.

@@ -118,9 +118,13 @@ pub const SOCKET_QUEUE_FRAMES_MAX: usize = 8_192;
 pub const SOCKET_QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Log rows after the newest snapshot that make a new one due.
 pub const SNAPSHOT_AFTER_UPDATES: i64 = 500;
-/// Log rows after the newest snapshot for which a document that never rests stops for one commit, so that a new one can
-/// be made.
-pub const SNAPSHOT_URGENT_UPDATES: i64 = 2_000;
+/// The same of a document that is so large that its snapshots cost more than its edits.
+pub const SNAPSHOT_AFTER_UPDATES_MAX: i64 = 2_000;
+/// For as many stored bytes it may be one row more.
+pub const SNAPSHOT_BYTES_PER_UPDATE: i64 = 2 * 1024;
+/// With as many rows more than make a snapshot due, a document that never rests stops for one commit, so that it can be
+/// made.
+pub const SNAPSHOT_OVERDUE_UPDATES: i64 = 1_500;
 /// Snapshots of a document that are kept.
 pub const SNAPSHOTS_KEPT: i64 = 2;
 
@@ -231,8 +235,6 @@ const _: () = assert!(UNCOMMITTED_BYTES_MAX < UNSAVED_BYTES_MAX);
 // A batch must not be what pauses its document.
 const _: () = assert!(BATCH_UPDATES_MAX <= UNCOMMITTED_UPDATES_MAX);
 const _: () = assert!(BATCH_BYTES_MAX < UNCOMMITTED_BYTES_MAX);
-// A document that rests between two edits is never stopped.
-const _: () = assert!(SNAPSHOT_AFTER_UPDATES < SNAPSHOT_URGENT_UPDATES);
 // The y-websocket client drops a socket after 30 s of silence.
 const _: () = assert!(KEEPALIVE_AFTER.as_secs() * 2 < 30);
 // A half-open connection is noticed within 40 s, and a client has time for an answer to more than one ping.

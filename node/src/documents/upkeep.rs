@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use collab_core::document::Input;
 use collab_core::ids::Epoch;
-use collab_core::limits::{SNAPSHOT_AFTER_UPDATES, SNAPSHOT_URGENT_UPDATES, UNLOAD_AFTER};
+use collab_core::limits::UNLOAD_AFTER;
 use collab_core::mutants::Mutant;
 use collab_core::wire::relay::Unavailable;
 use tokio::sync::oneshot;
@@ -32,7 +32,7 @@ impl Owned {
     }
 
     pub(super) fn snapshot_is_urgent(&self) -> bool {
-        SNAPSHOT_URGENT_UPDATES <= self.document.tail()
+        self.document.snapshot_is_overdue()
             && self.snapshot_running.is_none()
             && self
                 .snapshot_begun
@@ -111,7 +111,7 @@ impl Owned {
             self.handle(Input::StoreAway);
         }
         let settled = self.document.is_settled();
-        if settled && SNAPSHOT_AFTER_UPDATES <= self.document.tail() {
+        if settled && self.document.snapshot_is_due() {
             self.start_snapshot();
         }
         let unused = self.document.is_idle() && UNLOAD_AFTER <= self.idle_since.elapsed();

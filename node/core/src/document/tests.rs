@@ -393,6 +393,28 @@ fn a_large_document_is_encoded_once_for_all_who_come_and_what_follows_is_sent_as
 }
 
 #[test]
+fn the_snapshots_of_a_large_document_are_further_apart() {
+    let due_after = |bytes: usize| {
+        let mut typist = Typist::new(1);
+        let state = typist.types(&"x".repeat(bytes));
+        let snapshot = Some((Seq(1), &state));
+        let mut document = Document::open(Epoch(1), snapshot, &[], Seq(1)).unwrap();
+        let mut rows = |is_so: fn(&Document) -> bool| {
+            let first = (0..5_000).find(|rows| {
+                document.committed = Seq(1 + rows);
+                is_so(&document)
+            });
+            first.unwrap()
+        };
+        let due = rows(Document::snapshot_is_due);
+        (due, rows(Document::snapshot_is_overdue))
+    };
+    assert_eq!(due_after(1), (500, 2_000));
+    assert_eq!(due_after(2_000_000), (976, 2_476));
+    assert_eq!(due_after(6_000_000), (2_000, 3_500));
+}
+
+#[test]
 fn a_long_tail_of_a_large_document_is_encoded_with_it() {
     let mut document = shared_by_alice_and_bob();
     let mut typist = Typist::new(1);
