@@ -8,9 +8,10 @@ use sqlx::postgres::PgConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{Connection as _, Executor as _};
 
+use crate::servers::busy_time_of;
 use crate::stats::Histogram;
 
-const COMMITS: usize = 300;
+const COMMITS: u32 = 300;
 /// As far apart as the edits of the scenario that this is compared with.
 const PAUSE: Duration = Duration::from_millis(5);
 const TABLE: &str =
@@ -18,8 +19,16 @@ const TABLE: &str =
 const TABLE_SQLITE: &str = "create table bare (id integer primary key, bytes blob)";
 const ROW: &str = "insert into bare (bytes) values ($1)";
 
-/// A durable commit in a `SQLite` file of this folder.
-pub(crate) async fn on_sqlite(folder: &Path) -> Result<Histogram> {
+/// Commits, one after the other.
+#[derive(Default)]
+pub(crate) struct Commits {
+    pub(crate) times: Histogram,
+    /// CPU time of one in this process. That of a database is not in it.
+    pub(crate) cpu: Duration,
+}
+
+/// Durable commits in a `SQLite` file of this folder.
+pub(crate) async fn on_sqlite(folder: &Path) -> Result<Commits> {
     let options = SqliteConnectOptions::new()
         .filename(folder.join("bare.sqlite"))
         .create_if_missing(true)
@@ -34,8 +43,8 @@ pub(crate) async fn on_sqlite(folder: &Path) -> Result<Histogram> {
     .await
 }
 
-/// A durable commit in this database.
-pub(crate) async fn on_postgres(url: &str) -> Result<Histogram> {
+/// Durable commits in this database.
+pub(crate) async fn on_postgres(url: &str) -> Result<Commits> {
     let mut connection = PgConnection::connect(url).await?;
     connection.execute(TABLE).await?;
     timed(async || {
@@ -45,13 +54,15 @@ pub(crate) async fn on_postgres(url: &str) -> Result<Histogram> {
     .await
 }
 
-async fn timed(mut commit: impl AsyncFnMut() -> sqlx::Result<()>) -> Result<Histogram> {
-    let mut histogram = Histogram::default();
+async fn timed(mut commit: impl AsyncFnMut() -> sqlx::Result<()>) -> Result<Commits> {
+    let mut times = Histogram::default();
+    let busy = busy_time_of(std::process::id());
     for _ in 0..COMMITS {
         let begun = Instant::now();
         commit().await?;
-        histogram.record(u64::try_from(begun.elapsed().as_micros())?);
+        times.record(u64::try_from(begun.elapsed().as_micros())?);
         tokio::time::sleep(PAUSE).await;
     }
-    Ok(histogram)
+    let cpu = busy_time_of(std::process::id()).saturating_sub(busy) / COMMITS;
+    Ok(Commits { times, cpu })
 }

@@ -153,8 +153,12 @@ fn propagate(kind: Kind) -> Result<Figures> {
     figures.set("p99 ms", measured.propagate.ms(0.99));
     figures.set("ack p50 ms", measured.ack.ms(0.5));
     figures.set("ack p99 ms", measured.ack.ms(0.99));
-    figures.set("bare commit p50 ms", bare.ms(0.5));
-    figures.set("ack beyond it ms", measured.ack.ms(0.5) - bare.ms(0.5));
+    let bare_ms = bare.times.ms(0.5);
+    figures.set("bare commit p50 ms", bare_ms);
+    figures.set("ack beyond it ms", measured.ack.ms(0.5) - bare_ms);
+    if !bare.cpu.is_zero() {
+        figures.set("CPU µs/bare commit", bare.cpu.as_secs_f64() * 1e6);
+    }
     figures.set(
         "CPU µs/delivery",
         cpu.as_secs_f64() * 1e6 / as_f64(measured.propagate.count()),

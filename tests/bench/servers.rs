@@ -13,8 +13,7 @@ use collab_core::wire::varint::write_var_uint;
 use collab_tests::postgres::Postgres;
 use tokio::runtime::Runtime;
 
-use crate::commit;
-use crate::stats::Histogram;
+use crate::commit::{self, Commits};
 
 /// The core of the server; the generator has the other.
 const SERVER_CORE: &str = "0";
@@ -124,12 +123,12 @@ impl Home {
         })
     }
 
-    /// Times of durable commits in the store of this server alone; nothing where that is not known.
-    pub(crate) fn bare_commits(&self) -> Result<Histogram> {
+    /// Durable commits in the store of this server alone; nothing where that is not known.
+    pub(crate) fn bare_commits(&self) -> Result<Commits> {
         match (self.kind, &self.database) {
             (Kind::Sqlite, _) => runtime().block_on(commit::on_sqlite(&self.folder)),
             (_, Some(url)) => runtime().block_on(commit::on_postgres(url)),
-            _ => Ok(Histogram::default()),
+            _ => Ok(Commits::default()),
         }
     }
 
@@ -373,6 +372,17 @@ pub(crate) fn cpu_of(pid: u32) -> Duration {
         .filter_map(|field| field.parse::<u64>().ok())
         .sum();
     Duration::from_millis(10 * ticks)
+}
+
+/// CPU time of the threads that a process has now, as exactly as the system counts it.
+pub(crate) fn busy_time_of(pid: u32) -> Duration {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    let nanoseconds = tasks.filter_map(|task| {
+        let schedule = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        schedule.split(' ').next()?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(nanoseconds.sum())
 }
 
 /// Time for which the generator's core, which a database shares, had nothing to do, since the machine was started.
