@@ -37,7 +37,7 @@ pub(crate) async fn on_sqlite(folder: &Path) -> Result<Commits> {
     let mut connection = SqliteConnection::connect_with(&options).await?;
     connection.execute(TABLE_SQLITE).await?;
     timed(async || {
-        let row = sqlx::query(ROW).bind(&[7; 100][..]);
+        let row = sqlx::query(ROW).bind(&[7_u8; 100][..]);
         row.execute(&mut connection).await.map(drop)
     })
     .await
@@ -48,7 +48,7 @@ pub(crate) async fn on_postgres(url: &str) -> Result<Commits> {
     let mut connection = PgConnection::connect(url).await?;
     connection.execute(TABLE).await?;
     timed(async || {
-        let row = sqlx::query(ROW).bind(&[7; 100][..]);
+        let row = sqlx::query(ROW).bind(&[7_u8; 100][..]);
         row.execute(&mut connection).await.map(drop)
     })
     .await
