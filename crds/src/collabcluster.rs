@@ -514,6 +514,25 @@ pub struct AuthSpec {
     /// `NAME-auth`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<SecretKey>,
+    /// An identity provider whose tokens are accepted beside those that are signed with the secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub issuer: Option<IssuerSpec>,
+}
+
+/// An identity provider.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct IssuerSpec {
+    /// Its address, as `iss` of its tokens has it. Its keys are found by `OpenID` Connect Discovery.
+    #[schemars(length(max = 2048), regex(pattern = r"^https://[^/?#]+"))]
+    pub url: String,
+    /// For whom its tokens have to be, as `aud` has it.
+    #[schemars(length(min = 1, max = 256))]
+    pub audience: String,
+    /// Where its keys are (a JWK Set), if it has no Discovery.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2048), regex(pattern = r"^https://[^/?#]+"))]
+    pub jwks_url: Option<String>,
 }
 
 /// A store that is not ours.

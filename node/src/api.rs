@@ -76,8 +76,8 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let (status, error) = match self {
             Self::Bad(error) => (StatusCode::BAD_REQUEST, error),
-            Self::Auth(AuthError::Forbidden) => {
-                (StatusCode::FORBIDDEN, AuthError::Forbidden.to_string())
+            Self::Auth(error @ (AuthError::Forbidden | AuthError::NoSecret)) => {
+                (StatusCode::FORBIDDEN, error.to_string())
             }
             Self::Auth(error) => (StatusCode::UNAUTHORIZED, error.to_string()),
             Self::Absent(error) => (StatusCode::NOT_FOUND, error),

@@ -1,5 +1,6 @@
-//! Who a client is: tokens (JWT, RFC 7519) signed with a shared secret (HS256).
+//! Who a client is: tokens (JWT, RFC 7519) signed with a shared secret (HS256), or by an [issuer].
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::HeaderMap;
@@ -9,22 +10,27 @@ use serde::{Deserialize, Serialize};
 
 use crate::edge::{Access, Visitor};
 
+pub mod issuer;
+
+use issuer::Issuer;
+
 /// Clocks of issuer and node may differ by this many seconds.
 const LEEWAY_SECONDS: u64 = 30;
 
 /// Checks tokens.
 pub struct Auth {
-    keys: Option<Keys>,
+    secret: Option<Secret>,
+    issuer: Option<Arc<Issuer>>,
+}
+
+struct Secret {
+    check: DecodingKey,
+    sign: EncodingKey,
     validation: Validation,
 }
 
-struct Keys {
-    check: DecodingKey,
-    sign: EncodingKey,
-}
-
 /// What a token says.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Claims {
     /// The user.
     pub sub: String,
@@ -32,21 +38,39 @@ pub struct Claims {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub documents: Option<Vec<String>>,
     /// What it allows.
-    #[serde(default)]
     pub scope: Scope,
     /// Seconds since 1970 at which it ends; `None` only where no token is needed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exp: Option<f64>,
 }
 
-/// What a token allows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// The same before its scope is understood.
+#[derive(Deserialize)]
+struct RawClaims {
+    sub: String,
+    documents: Option<Vec<String>>,
+    scope: Option<String>,
+    exp: Option<f64>,
+}
+
+impl RawClaims {
+    fn with(self, scope: Scope) -> Claims {
+        Claims {
+            sub: self.sub,
+            documents: self.documents,
+            scope,
+            exp: self.exp,
+        }
+    }
+}
+
+/// What a token allows; each allows what those before it do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
     /// See.
     Read,
     /// See and change.
-    #[default]
     Write,
     /// See, change, and sign tokens for others: the application's own server.
     Server,
@@ -64,23 +88,27 @@ pub enum AuthError {
     /// Answer 403.
     #[error("the token is not for this document or action")]
     Forbidden,
+    /// Answer 403.
+    #[error("there is no secret here to sign tokens with: the issuer gives them")]
+    NoSecret,
 }
 
 impl Auth {
-    /// Checks against a secret; without one everybody may do everything.
-    pub fn new(secret: Option<&str>) -> Self {
-        let mut validation = Validation::new(Algorithm::HS256);
-        validation.leeway = LEEWAY_SECONDS;
-        validation.validate_nbf = true;
-        validation.validate_aud = false;
-        validation.set_required_spec_claims(&["exp", "sub"]);
-        Self {
-            keys: secret.map(|secret| Keys {
+    /// Checks against a secret, and the keys of an issuer; without either everybody may do everything.
+    pub fn new(secret: Option<&str>, issuer: Option<Arc<Issuer>>) -> Self {
+        let secret = secret.map(|secret| {
+            let mut validation = Validation::new(Algorithm::HS256);
+            validation.leeway = LEEWAY_SECONDS;
+            validation.validate_nbf = true;
+            validation.validate_aud = false;
+            validation.set_required_spec_claims(&["exp", "sub"]);
+            Secret {
                 check: DecodingKey::from_secret(secret.as_bytes()),
                 sign: EncodingKey::from_secret(secret.as_bytes()),
-            }),
-            validation,
-        }
+                validation,
+            }
+        });
+        Self { secret, issuer }
     }
 
     /// Who makes a request, from its header or its `token` parameter.
@@ -96,28 +124,55 @@ impl Auth {
     /// # Errors
     /// When one is needed and missing or not valid.
     pub fn check(&self, token: Option<&str>) -> Result<Claims, AuthError> {
-        let Some(keys) = &self.keys else {
+        if self.secret.is_none() && self.issuer.is_none() {
             return Ok(Claims {
                 sub: String::new(),
                 documents: None,
                 scope: Scope::Server,
                 exp: None,
             });
-        };
+        }
         let token = token.ok_or(AuthError::Missing)?;
-        jsonwebtoken::decode::<Claims>(token, &keys.check, &self.validation)
-            .map(|data| data.claims)
-            .map_err(|error| AuthError::Invalid(error.to_string()))
+        let invalid = |error: jsonwebtoken::errors::Error| AuthError::Invalid(error.to_string());
+        let header = jsonwebtoken::decode_header(token).map_err(invalid)?;
+        match (&self.secret, &self.issuer) {
+            // Which of them signed it is told by its algorithm alone: a public key is never taken for a secret.
+            (Some(secret), issuer) if header.alg == Algorithm::HS256 || issuer.is_none() => {
+                let data = jsonwebtoken::decode(token, &secret.check, &secret.validation);
+                let claims: RawClaims = data.map_err(invalid)?.claims;
+                let scope = match claims.scope.as_deref() {
+                    None | Some("write") => Scope::Write,
+                    Some("read") => Scope::Read,
+                    Some("server") => Scope::Server,
+                    Some(other) => {
+                        let reason = format!("{other:?} is no scope: read, write or server");
+                        return Err(AuthError::Invalid(reason));
+                    }
+                };
+                Ok(claims.with(scope))
+            }
+            (_, Some(issuer)) => issuer.check(token, header.kid.as_deref()),
+            (_, None) => Err(AuthError::Missing),
+        }
     }
 
     /// Signs a token for one document, valid from now on; `None` where none is needed.
+    ///
+    /// # Errors
+    /// When there is no secret to sign with.
     pub fn sign(
         &self,
         document: &DocumentId,
         user: String,
         scope: Scope,
         valid: Duration,
-    ) -> Option<String> {
+    ) -> Result<Option<String>, AuthError> {
+        let Some(secret) = &self.secret else {
+            return match &self.issuer {
+                Some(_) => Err(AuthError::NoSecret),
+                None => Ok(None),
+            };
+        };
         let ends = jsonwebtoken::get_current_timestamp() + valid.as_secs();
         // A pattern would be for more than this document; no id that can be named here ends in a star.
         let claims = Claims {
@@ -130,12 +185,10 @@ impl Auth {
             )]
             exp: Some(ends as f64),
         };
-        jsonwebtoken::encode(
-            &Header::new(Algorithm::HS256),
-            &claims,
-            &self.keys.as_ref()?.sign,
-        )
-        .ok()
+        let signed = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &secret.sign);
+        signed
+            .map(Some)
+            .map_err(|error| AuthError::Invalid(error.to_string()))
     }
 }
 
@@ -255,9 +308,10 @@ mod tests {
             let claims = checked(&json!({"sub": "app", "exp": later(), "scope": scope})).unwrap();
             assert_eq!(claims.to_sign(&document).is_ok(), signs, "{scope}");
         }
-        let auth = Auth::new(Some(SECRET));
+        let auth = Auth::new(Some(SECRET), None);
         let hour = Duration::from_hours(1);
         let token = auth.sign(&document, "ada".to_owned(), Scope::Read, hour);
+        let token = token.unwrap();
         let claims = auth.check(token.as_deref()).unwrap();
         assert_eq!(claims.sub, "ada");
         assert_eq!(claims.to_read(&document), Ok(()));
@@ -268,8 +322,9 @@ mod tests {
         );
         let left = claims.time_left().unwrap();
         assert!(hour <= left && left < 2 * hour, "{left:?}");
-        let open = Auth::new(None);
-        assert_eq!(open.sign(&document, String::new(), Scope::Read, hour), None);
+        let open = Auth::new(None, None);
+        let token = open.sign(&document, String::new(), Scope::Read, hour);
+        assert_eq!(token, Ok(None));
         assert_eq!(open.check(None).unwrap().to_sign(&document), Ok(()));
     }
 
@@ -287,7 +342,7 @@ mod tests {
                 "{claims}"
             );
         }
-        let auth = Auth::new(Some(SECRET));
+        let auth = Auth::new(Some(SECRET), None);
         assert_eq!(
             auth.claims(&HeaderMap::new(), None).unwrap_err(),
             AuthError::Missing
@@ -306,7 +361,7 @@ mod tests {
 
     fn checked(claims: &serde_json::Value) -> Result<Claims, AuthError> {
         let token = signed(claims, SECRET, Algorithm::HS256);
-        Auth::new(Some(SECRET)).claims(&HeaderMap::new(), Some(&token))
+        Auth::new(Some(SECRET), None).claims(&HeaderMap::new(), Some(&token))
     }
 
     fn signed(claims: &serde_json::Value, secret: &str, algorithm: Algorithm) -> String {

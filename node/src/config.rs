@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 use collab_core::ids::NodeId;
 use collab_core::limits::{CONNECTIONS_DEFAULT, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_MIN};
+use reqwest::Url;
 use uuid::Uuid;
 
+use crate::auth::issuer::{IssuerConfig, is_safe};
 use crate::doctor::Doctor;
 use crate::listener::Places;
 use crate::origin::{OriginError, Origins};
@@ -60,6 +62,16 @@ pub struct Flags {
     /// The secret of client tokens, from the environment only.
     #[arg(long, env = "COLLAB_AUTH_SECRET", hide = true, hide_env_values = true)]
     pub auth_secret: Option<String>,
+    /// Identity provider whose tokens are accepted, as `iss` has it: <https://id.example.com/realm>. Its keys are found by
+    /// `OpenID` Connect Discovery.
+    #[arg(long, env = "COLLAB_AUTH_ISSUER")]
+    pub auth_issuer: Option<String>,
+    /// For whom the identity provider's tokens have to be, as `aud` has it.
+    #[arg(long, env = "COLLAB_AUTH_AUDIENCE")]
+    pub auth_audience: Option<String>,
+    /// Where the identity provider's keys are (a JWK Set), for one without Discovery.
+    #[arg(long, env = "COLLAB_AUTH_JWKS_URL")]
+    pub auth_jwks_url: Option<String>,
     /// File with the bearer token of the control API and of nodes among themselves.
     #[arg(long, env = "COLLAB_CONTROL_TOKEN_FILE")]
     pub control_token_file: Option<PathBuf>,
@@ -143,8 +155,10 @@ pub struct Config {
     pub storage: Storage,
     /// URL of Redis, if any.
     pub redis: Option<String>,
-    /// Secret of client tokens; `None`: everybody may do everything.
+    /// Secret of client tokens; without it, and without an issuer, everybody may do everything.
     pub auth_secret: Option<String>,
+    /// Identity provider whose tokens are accepted, too.
+    pub issuer: Option<IssuerConfig>,
     /// Bearer token of the control API and of nodes among themselves.
     pub control_token: Option<String>,
     /// This node.
@@ -176,7 +190,7 @@ pub enum ConfigError {
     /// The address is reachable by others and nothing protects the documents.
     #[error(
         "refusing to listen on {0} without authentication: anyone who reaches it could read and write every document; \
-         give --auth-secret-file FILE, listen on 127.0.0.1, or say --insecure-no-auth"
+         give --auth-secret-file FILE or --auth-issuer URL, listen on 127.0.0.1, or say --insecure-no-auth"
     )]
     OpenToAll(SocketAddr),
     /// The control API is reachable by others and nothing protects it.
@@ -187,6 +201,16 @@ pub enum ConfigError {
     /// A page that may open sockets is not named as browsers name it.
     #[error("--origins: {0}")]
     Origin(#[from] OriginError),
+    /// An address of the identity provider cannot be used.
+    #[error("{flag} {value:?}: {reason}")]
+    Issuer {
+        /// The flag that gave it.
+        flag: &'static str,
+        /// What it gave.
+        value: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// The number of slots is none of the allowed ones.
     #[error(
         "--slots {0} is not a power of two from {SLOTS_MIN} to {SLOTS_MAX}; the default is {SLOTS_DEFAULT}"
@@ -244,12 +268,14 @@ impl Flags {
             self.auth_secret_file.as_deref(),
             self.auth_secret,
         )?;
-        if auth_secret.is_none() && !self.listen.ip().is_loopback() && !self.insecure_no_auth {
+        let issuer = issuer(self.auth_issuer, self.auth_audience, self.auth_jwks_url)?;
+        let has_auth = auth_secret.is_some() || issuer.is_some();
+        if !has_auth && !self.listen.ip().is_loopback() && !self.insecure_no_auth {
             return Err(ConfigError::OpenToAll(self.listen));
         }
         let origins = if !self.origins.is_empty() {
             Origins::listed(&self.origins)?
-        } else if auth_secret.is_some() || self.insecure_no_auth {
+        } else if has_auth || self.insecure_no_auth {
             Origins::Any
         } else {
             Origins::Local
@@ -286,6 +312,7 @@ impl Flags {
             storage,
             redis: (!redis.is_empty() && redis != "none").then_some(redis),
             auth_secret,
+            issuer,
             control_token,
             incarnation: Uuid::new_v4(),
             pod_uid: self.pod_uid.unwrap_or_else(|| Uuid::new_v4().to_string()),
@@ -296,6 +323,64 @@ impl Flags {
             zone: self.zone,
             slots: self.slots,
         })
+    }
+}
+
+fn issuer(
+    issuer: Option<String>,
+    audience: Option<String>,
+    keys: Option<String>,
+) -> Result<Option<IssuerConfig>, ConfigError> {
+    let missing = |flag, value: &str, reason: &str| ConfigError::Issuer {
+        flag,
+        value: value.to_owned(),
+        reason: reason.to_owned(),
+    };
+    match (issuer, audience) {
+        (Some(issuer), Some(audience)) => Ok(Some(IssuerConfig {
+            issuer: provider_url("--auth-issuer", &issuer)?,
+            audience,
+            keys: keys
+                .map(|keys| provider_url("--auth-jwks-url", &keys))
+                .transpose()?,
+        })),
+        (Some(issuer), None) => {
+            let reason =
+                "give --auth-audience, too: its tokens for other services are not for this one";
+            Err(missing("--auth-issuer", &issuer, reason))
+        }
+        (None, Some(audience)) => {
+            let reason = "give --auth-issuer, too";
+            Err(missing("--auth-audience", &audience, reason))
+        }
+        (None, None) => match keys {
+            Some(keys) => {
+                let reason = "give --auth-issuer and --auth-audience, too";
+                Err(missing("--auth-jwks-url", &keys, reason))
+            }
+            None => Ok(None),
+        },
+    }
+}
+
+/// An address whose answers nobody else can give.
+fn provider_url(flag: &'static str, value: &str) -> Result<Url, ConfigError> {
+    let refused = |reason: String| ConfigError::Issuer {
+        flag,
+        value: value.to_owned(),
+        reason,
+    };
+    let url = Url::parse(value).map_err(|error| {
+        refused(format!(
+            "{error}; give an address like https://id.example.com/realm"
+        ))
+    })?;
+    if is_safe(&url) {
+        Ok(url)
+    } else {
+        let reason =
+            "whoever is in between could give keys of their own; give an address with https";
+        Err(refused(reason.to_owned()))
     }
 }
 
@@ -370,6 +455,32 @@ mod tests {
             ])
             .is_ok()
         );
+    }
+
+    #[test]
+    fn an_identity_provider_is_named_whole_and_nobody_is_in_between() {
+        let of = |flags: &[&str]| config(flags).map(|config| config.issuer.is_some());
+        let (issuer, audience) = ("--auth-issuer", "--auth-audience");
+        let keys = "--auth-jwks-url";
+        let id = "https://id.example.com/realm";
+        let all = ["--listen", "0.0.0.0:8080", issuer, id, audience, "editor"];
+        assert!(of(&all).unwrap());
+        assert!(of(&[issuer, "http://127.0.0.1:9", audience, "editor"]).unwrap());
+        assert!(!of(&[]).unwrap());
+        for (flags, named) in [
+            (&[issuer, id][..], audience),
+            (&[audience, "editor"], issuer),
+            (&[keys, id], issuer),
+            (
+                &[issuer, "http://id.example.com", audience, "editor"],
+                "https",
+            ),
+            (&[issuer, "id.example.com", audience, "editor"], "https://"),
+            (&[issuer, id, audience, "editor", keys, "ftp://id"], keys),
+        ] {
+            let refused = of(flags).unwrap_err().to_string();
+            assert!(refused.contains(named), "{refused}");
+        }
     }
 
     #[test]

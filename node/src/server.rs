@@ -24,6 +24,7 @@ use tower_http::set_header::SetResponseHeaderLayer;
 use crate::admin;
 use crate::api::owners::Owners;
 use crate::api::{self, ApiError};
+use crate::auth::issuer::Issuer;
 use crate::auth::{Auth, bearer};
 use crate::bus::Bus;
 use crate::bus::memory::NoBus;
@@ -121,8 +122,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         node.members.clone(),
         config.control_token.clone(),
     )?;
+    let issuer = config.issuer.clone().map(Issuer::new).transpose();
+    let issuer = issuer.context("the certificates of this system")?;
+    if let Some(issuer) = issuer.clone() {
+        running.push(tokio::spawn(async move {
+            issuer.keep_keys().await;
+            Ok(())
+        }));
+    }
     let app = Arc::new(App {
-        auth: Auth::new(config.auth_secret.as_deref()),
+        auth: Auth::new(config.auth_secret.as_deref(), issuer),
         control_token: config.control_token.clone(),
         store,
         bus,
@@ -366,7 +375,7 @@ fn say_hello(config: &Config) {
         node = %config.node,
         "listening on http://{}", config.listen
     );
-    if config.auth_secret.is_none() {
+    if config.auth_secret.is_none() && config.issuer.is_none() {
         tracing::warn!(
             "authentication is off: whoever reaches {} reads and writes every document",
             config.listen

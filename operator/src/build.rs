@@ -236,7 +236,7 @@ pub(crate) mod tests {
                 resources: {requests: {cpu: '1'}, limits: {memory: 3Gi}},
                 tolerations: [{key: collab, operator: Exists}], affinity: {nodeAffinity: {}}},
               placement: {slots: 256}, gateway: {serviceType: LoadBalancer},
-              auth: {secretRef: {name: own, key: hmac}}, monitoring: {podMonitor: Enabled},
+              auth: {secretRef: {name: own, key: hmac}, issuer: {url: 'https://id.example.com/realm', audience: editor, jwksUrl: 'https://id.example.com/keys'}}, monitoring: {podMonitor: Enabled},
               postgres: {managed: {instances: 3, storage: {size: 50Gi, storageClassName: fast}, nodeSelector: {pool: data}, image: 'example.com/pg:2'}},
               redis: {disabled: {}}}"
         )));

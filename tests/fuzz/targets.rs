@@ -516,7 +516,7 @@ pub(super) fn token() -> Target {
     }
     seeds.push(b"Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZGEiLCJleHAiOjk5OTk5OTk5OTl9.".to_vec());
     mutated("token", 1, 0, seeds, |input| {
-        let auth = Auth::new(Some(SECRET));
+        let auth = Auth::new(Some(SECRET), None);
         let mut headers = HeaderMap::new();
         if let Ok(value) = HeaderValue::from_bytes(input) {
             headers.insert("authorization", value);

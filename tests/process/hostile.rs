@@ -16,6 +16,7 @@ use yrs::{Doc, GetString, ReadTxn, StateVector, Text, Transact, Update};
 
 mod connections;
 mod frames;
+mod issuer;
 
 /// How long anything may take that a node does at once, on a busy machine.
 const SOON: Duration = Duration::from_secs(10);

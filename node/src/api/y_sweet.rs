@@ -170,7 +170,7 @@ async fn sign(
     Ok(Json(ClientTokenBody {
         url: format!("{}/d/{name}/ws", place.for_sockets()),
         base_url: format!("{}/d/{name}", place.for_requests()),
-        token: app.auth.sign(&document, user, scope, valid),
+        token: app.auth.sign(&document, user, scope, valid)?,
         doc_id: name,
         authorization,
     }))

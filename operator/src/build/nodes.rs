@@ -163,6 +163,12 @@ fn environment(subject: &Subject<'_>) -> Vec<Value> {
     if let Some(mib) = subject.cluster.spec.nodes.memory_budget_mib {
         environment.push(value("COLLAB_MEMORY_BUDGET_MIB", &mib.to_string()));
     }
+    if let Some(issuer) = &subject.cluster.spec.auth.issuer {
+        environment.push(value("COLLAB_AUTH_ISSUER", &issuer.url));
+        environment.push(value("COLLAB_AUTH_AUDIENCE", &issuer.audience));
+        let keys = issuer.jwks_url.as_deref();
+        environment.extend(keys.map(|keys| value("COLLAB_AUTH_JWKS_URL", keys)));
+    }
     environment
 }
 
