@@ -15,6 +15,8 @@ use tokio::time::sleep;
 
 use super::*;
 
+/// Beside the provider, as every node in Kubernetes has it.
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
 /// A node reads the keys at most once in this time.
 const PAUSE: Duration = Duration::from_secs(5);
 
@@ -131,7 +133,7 @@ async fn tokens_of_an_identity_provider_are_as_good_as_its_keys() -> Result<()> 
     let (first, second) = (Signer::new("first")?, Signer::new("second")?);
     provider.publish(&[&first]);
     let flags = ["--auth-issuer", &provider.url, "--auth-audience", "editor"];
-    let node = Embedded::start(&flags).await?;
+    let node = Embedded::start_by(&[], &flags, &[("COLLAB_AUTH_SECRET", SECRET)]).await?;
     let now = get_current_timestamp();
     let good = json!({
         "iss": provider.url, "aud": "editor", "sub": "ada", "exp": now + 600, "scope": "openid collab:write",
@@ -144,6 +146,11 @@ async fn tokens_of_an_identity_provider_are_as_good_as_its_keys() -> Result<()> 
     until_opened(&node, &first.signs(&good)).await?;
     let both = with("aud", json!(["other", "editor"]));
     ensure!(answer(&node, &first.signs(&both)).await? == "opened");
+
+    let own = json!({"sub": "app", "exp": now + 600});
+    let secret = EncodingKey::from_secret(SECRET.as_bytes());
+    let own = jsonwebtoken::encode(&Header::default(), &own, &secret)?;
+    ensure!(answer(&node, &own).await? == "opened");
 
     let public = EncodingKey::from_secret(&first.public_bytes);
     let mut confused = Header::new(Algorithm::HS256);
