@@ -96,18 +96,7 @@ pub enum AuthError {
 impl Auth {
     /// Checks against a secret, and the keys of an issuer; without either everybody may do everything.
     pub fn new(secret: Option<&str>, issuer: Option<Arc<Issuer>>) -> Self {
-        let secret = secret.map(|secret| {
-            let mut validation = Validation::new(Algorithm::HS256);
-            validation.leeway = LEEWAY_SECONDS;
-            validation.validate_nbf = true;
-            validation.validate_aud = false;
-            validation.set_required_spec_claims(&["exp", "sub"]);
-            Secret {
-                check: DecodingKey::from_secret(secret.as_bytes()),
-                sign: EncodingKey::from_secret(secret.as_bytes()),
-                validation,
-            }
-        });
+        let secret = secret.map(Secret::new);
         Self { secret, issuer }
     }
 
@@ -124,35 +113,25 @@ impl Auth {
     /// # Errors
     /// When one is needed and missing or not valid.
     pub fn check(&self, token: Option<&str>) -> Result<Claims, AuthError> {
-        if self.secret.is_none() && self.issuer.is_none() {
-            return Ok(Claims {
+        let token = || token.ok_or(AuthError::Missing);
+        match (&self.secret, &self.issuer) {
+            (None, None) => Ok(Claims {
                 sub: String::new(),
                 documents: None,
                 scope: Scope::Server,
                 exp: None,
-            });
-        }
-        let token = token.ok_or(AuthError::Missing)?;
-        let invalid = |error: jsonwebtoken::errors::Error| AuthError::Invalid(error.to_string());
-        let header = jsonwebtoken::decode_header(token).map_err(invalid)?;
-        match (&self.secret, &self.issuer) {
-            // Which of them signed it is told by its algorithm alone: a public key is never taken for a secret.
-            (Some(secret), issuer) if header.alg == Algorithm::HS256 || issuer.is_none() => {
-                let data = jsonwebtoken::decode(token, &secret.check, &secret.validation);
-                let claims: RawClaims = data.map_err(invalid)?.claims;
-                let scope = match claims.scope.as_deref() {
-                    None | Some("write") => Scope::Write,
-                    Some("read") => Scope::Read,
-                    Some("server") => Scope::Server,
-                    Some(other) => {
-                        let reason = format!("{other:?} is no scope: read, write or server");
-                        return Err(AuthError::Invalid(reason));
-                    }
-                };
-                Ok(claims.with(scope))
+            }),
+            (Some(secret), None) => secret.check(token()?),
+            (None, Some(issuer)) => issuer.check(token()?),
+            (Some(secret), Some(issuer)) => {
+                let token = token()?;
+                // Which of them signed it is told by its algorithm alone: a public key is never taken for a secret.
+                if jsonwebtoken::decode_header(token)?.alg == Algorithm::HS256 {
+                    secret.check(token)
+                } else {
+                    issuer.check(token)
+                }
             }
-            (_, Some(issuer)) => issuer.check(token, header.kid.as_deref()),
-            (_, None) => Err(AuthError::Missing),
         }
     }
 
@@ -186,10 +165,50 @@ impl Auth {
             exp: Some(ends as f64),
         };
         let signed = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &secret.sign);
-        signed
-            .map(Some)
-            .map_err(|error| AuthError::Invalid(error.to_string()))
+        Ok(Some(signed?))
     }
+}
+
+impl Secret {
+    fn new(secret: &str) -> Self {
+        let mut validation = validation(Algorithm::HS256, &["exp", "sub"]);
+        validation.validate_aud = false;
+        Self {
+            check: DecodingKey::from_secret(secret.as_bytes()),
+            sign: EncodingKey::from_secret(secret.as_bytes()),
+            validation,
+        }
+    }
+
+    fn check(&self, token: &str) -> Result<Claims, AuthError> {
+        let data = jsonwebtoken::decode(token, &self.check, &self.validation)?;
+        let claims: RawClaims = data.claims;
+        let scope = match claims.scope.as_deref() {
+            None | Some("write") => Scope::Write,
+            Some("read") => Scope::Read,
+            Some("server") => Scope::Server,
+            Some(other) => {
+                let reason = format!("{other:?} is no scope: read, write or server");
+                return Err(AuthError::Invalid(reason));
+            }
+        };
+        Ok(claims.with(scope))
+    }
+}
+
+impl From<jsonwebtoken::errors::Error> for AuthError {
+    fn from(error: jsonwebtoken::errors::Error) -> Self {
+        Self::Invalid(error.to_string())
+    }
+}
+
+/// What is asked of every token: one algorithm, these claims, and its time.
+fn validation(algorithm: Algorithm, claims: &[&str]) -> Validation {
+    let mut validation = Validation::new(algorithm);
+    validation.leeway = LEEWAY_SECONDS;
+    validation.validate_nbf = true;
+    validation.set_required_spec_claims(claims);
+    validation
 }
 
 impl Claims {

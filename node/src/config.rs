@@ -331,57 +331,47 @@ fn issuer(
     audience: Option<String>,
     keys: Option<String>,
 ) -> Result<Option<IssuerConfig>, ConfigError> {
-    let missing = |flag, value: &str, reason: &str| ConfigError::Issuer {
-        flag,
-        value: value.to_owned(),
-        reason: reason.to_owned(),
-    };
-    match (issuer, audience) {
-        (Some(issuer), Some(audience)) => Ok(Some(IssuerConfig {
-            issuer: provider_url("--auth-issuer", &issuer)?,
+    match (issuer, audience, keys) {
+        (None, None, None) => Ok(None),
+        (Some(issuer), Some(audience), keys) => Ok(Some(IssuerConfig {
+            issuer: provider_url("--auth-issuer", issuer)?,
             audience,
             keys: keys
-                .map(|keys| provider_url("--auth-jwks-url", &keys))
+                .map(|keys| provider_url("--auth-jwks-url", keys))
                 .transpose()?,
         })),
-        (Some(issuer), None) => {
-            let reason =
-                "give --auth-audience, too: its tokens for other services are not for this one";
-            Err(missing("--auth-issuer", &issuer, reason))
-        }
-        (None, Some(audience)) => {
-            let reason = "give --auth-issuer, too";
-            Err(missing("--auth-audience", &audience, reason))
-        }
-        (None, None) => match keys {
-            Some(keys) => {
-                let reason = "give --auth-issuer and --auth-audience, too";
-                Err(missing("--auth-jwks-url", &keys, reason))
-            }
-            None => Ok(None),
-        },
+        (Some(value), None, _) => Err(ConfigError::Issuer {
+            flag: "--auth-issuer",
+            value,
+            reason: "give --auth-audience, too: its tokens for other services are not for this one"
+                .to_owned(),
+        }),
+        (None, Some(value), _) => Err(ConfigError::Issuer {
+            flag: "--auth-audience",
+            value,
+            reason: "give --auth-issuer, too".to_owned(),
+        }),
+        (None, None, Some(value)) => Err(ConfigError::Issuer {
+            flag: "--auth-jwks-url",
+            value,
+            reason: "give --auth-issuer and --auth-audience, too".to_owned(),
+        }),
     }
 }
 
 /// An address whose answers nobody else can give.
-fn provider_url(flag: &'static str, value: &str) -> Result<Url, ConfigError> {
-    let refused = |reason: String| ConfigError::Issuer {
-        flag,
-        value: value.to_owned(),
-        reason,
+fn provider_url(flag: &'static str, value: String) -> Result<Url, ConfigError> {
+    let reason = match Url::parse(&value) {
+        Ok(url) if is_safe(&url) => return Ok(url),
+        Ok(_) => "whoever is in between could give keys of their own; give an address with https"
+            .to_owned(),
+        Err(error) => format!("{error}; give an address like https://id.example.com/realm"),
     };
-    let url = Url::parse(value).map_err(|error| {
-        refused(format!(
-            "{error}; give an address like https://id.example.com/realm"
-        ))
-    })?;
-    if is_safe(&url) {
-        Ok(url)
-    } else {
-        let reason =
-            "whoever is in between could give keys of their own; give an address with https";
-        Err(refused(reason.to_owned()))
-    }
+    Err(ConfigError::Issuer {
+        flag,
+        value,
+        reason,
+    })
 }
 
 fn secret(

@@ -227,9 +227,8 @@ async fn y_websocket(
     let serve = one_document(&app, &document, &query, &headers);
     serve.map_or_else(IntoResponse::into_response, |(document, admitted)| {
         let edge = app.edge.clone();
-        upgrade.on_upgrade(move |socket| {
-            let direct = Some(socket.direct());
-            edge.serve(socket, direct, document, admitted, Family::YWebsocket)
+        upgrade.on_upgrade(move |socket, direct| {
+            edge.serve(socket, Some(direct), document, admitted, Family::YWebsocket)
         })
     })
 }
@@ -250,9 +249,8 @@ async fn y_sweet(
     };
     serve.map_or_else(IntoResponse::into_response, |(document, admitted)| {
         let edge = app.edge.clone();
-        upgrade.on_upgrade(move |socket| {
-            let direct = Some(socket.direct());
-            edge.serve(socket, direct, document, admitted, Family::YSweet)
+        upgrade.on_upgrade(move |socket, direct| {
+            edge.serve(socket, Some(direct), document, admitted, Family::YSweet)
         })
     })
 }
@@ -291,10 +289,7 @@ async fn hocuspocus(
         });
         admitted.map_err(|error| error.to_string())
     });
-    upgrade.on_upgrade(move |socket| {
-        let direct = Some(socket.direct());
-        edge.serve_hocuspocus(socket, direct, gate)
-    })
+    upgrade.on_upgrade(move |socket, direct| edge.serve_hocuspocus(socket, Some(direct), gate))
 }
 
 /// Routes that come once there is something behind them; until then only "alive" is answered.

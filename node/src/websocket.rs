@@ -101,8 +101,12 @@ impl<S: Sync> FromRequestParts<S> for Upgrade {
 }
 
 impl Upgrade {
-    /// Accepts, and serves the socket once it is there. Boxed: it passes through several futures, each with room for it.
-    pub fn on_upgrade<F>(self, serve: impl FnOnce(Box<Socket>) -> F + Send + 'static) -> Response
+    /// Accepts, and serves the socket once it is there, with a way to send beside its task. Boxed: it passes through several
+    /// futures, each with room for it.
+    pub fn on_upgrade<F>(
+        self,
+        serve: impl FnOnce(Box<Socket>, Arc<dyn Direct>) -> F + Send + 'static,
+    ) -> Response
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -110,7 +114,9 @@ impl Upgrade {
             match self.upgrade.await {
                 Ok(upgraded) => {
                     if let Ok(parts) = upgraded.downcast() {
-                        serve(Box::new(Socket::new(parts))).await;
+                        let socket = Box::new(Socket::new(parts));
+                        let direct = socket.writer.clone();
+                        serve(socket, direct).await;
                     } else {
                         tracing::error!("a socket that the listener of clients did not accept");
                     }
@@ -207,11 +213,6 @@ impl Socket {
             ended: false,
             _place: place,
         }
-    }
-
-    /// Sends messages from beside the socket.
-    pub fn direct(&self) -> Arc<dyn Direct> {
-        self.writer.clone()
     }
 
     /// Reads what there is; `false`: the client has closed.

@@ -7,18 +7,18 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm};
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use jsonwebtoken::{Algorithm, DecodingKey};
 use reqwest::{Client, Url};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{AuthError, Claims, LEEWAY_SECONDS, RawClaims, Scope};
+use super::{AuthError, Claims, RawClaims, Scope, validation};
 
 /// Between two readings of the keys, so that one that was withdrawn is not accepted for longer.
 const READ_EVERY: Duration = Duration::from_mins(5);
@@ -176,21 +176,17 @@ impl Issuer {
     ///
     /// # Errors
     /// When it is not of this issuer, for another audience, or gives no right to any document.
-    pub(super) fn check(&self, token: &str, id: Option<&str>) -> Result<Claims, AuthError> {
+    pub(super) fn check(&self, token: &str) -> Result<Claims, AuthError> {
         let invalid = |reason: &str| AuthError::Invalid(reason.to_owned());
+        let id = jsonwebtoken::decode_header(token)?.kid;
         let id = id.ok_or_else(|| invalid("it does not say which key it is signed with (kid)"))?;
-        let Some(Key { key, algorithm }) = self.lock().get(id, Instant::now()) else {
+        let Some(Key { key, algorithm }) = self.lock().get(&id, Instant::now()) else {
             self.unknown.notify_one();
             return Err(invalid("the key that it is signed with is not known"));
         };
-        let mut validation = Validation::new(algorithm);
-        validation.leeway = LEEWAY_SECONDS;
-        validation.validate_nbf = true;
+        let mut validation = validation(algorithm, &["exp", "sub", "aud", "iss"]);
         validation.set_audience(&[&self.config.audience]);
-        validation.set_required_spec_claims(&["exp", "sub", "aud", "iss"]);
-        let data = jsonwebtoken::decode::<Issued>(token, &key, &validation)
-            .map_err(|error| AuthError::Invalid(error.to_string()))?;
-        let Issued { iss, claims } = data.claims;
+        let Issued { iss, claims } = jsonwebtoken::decode(token, &key, &validation)?.claims;
         if !is_same(&iss, &self.config.issuer) {
             return Err(invalid("it is of another issuer"));
         }
@@ -198,7 +194,7 @@ impl Issuer {
         Ok(claims.with(scope.ok_or(AuthError::Forbidden)?))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Keys> {
+    fn lock(&self) -> MutexGuard<'_, Keys> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -38,7 +38,7 @@ use super::{
 };
 
 /// Connections that read, on a machine with as many cores. With more of them than cores all that is read at once comes late.
-const READERS_MAX: usize = 4;
+const READERS_MAX: u32 = 4;
 /// Rows of one insert; each binds 8 variables at most, of which SQLite allows 32,766.
 const INSERT_ROWS_MAX: usize = 1_000;
 /// Sizes of the statements that are kept prepared.
@@ -104,7 +104,7 @@ impl Sqlite {
         let checkpoints = checkpoint(beside.clone(), appended.clone());
         let checkpoints = tokio::spawn(checkpoints).abort_handle();
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let readers = u32::try_from(cores.clamp(1, READERS_MAX)).unwrap_or(1);
+        let readers = u32::try_from(cores).map_or(READERS_MAX, |cores| cores.min(READERS_MAX));
         let readers = pool(readers).connect_lazy_with(options.read_only(true));
         Ok(Self {
             writer,
