@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use collab_core::control::{LoadSample, MemberState, Silence};
@@ -324,6 +324,13 @@ impl Map {
         Ring::new(members, self.slots)
     }
 
+    /// The slots of an owner.
+    fn owned_by(&self, owner: Uuid) -> Vec<Slot> {
+        let used = self.owners.iter().filter(|row| self.is_used(row.slot));
+        let owned = used.filter(|row| row.owner == Some(owner));
+        owned.map(|row| row.slot).collect()
+    }
+
     /// Slots without a living owner, and since when.
     fn orphans(&self, now: Instant) -> Vec<(Slot, Option<Instant>)> {
         let used = self.owners.iter().filter(|row| self.is_used(row.slot));
@@ -432,6 +439,8 @@ pub struct Members {
     metrics: Metrics,
     registration: Registration,
     incarnation: Mutex<Uuid>,
+    /// The run of the pod before this process, until what it owned is taken.
+    predecessor: Mutex<Option<Uuid>>,
     slots: u16,
     map: Watched<Arc<Map>>,
     lease: Mutex<Lease>,
@@ -471,6 +480,7 @@ impl Members {
             store,
             metrics,
             incarnation: Mutex::new(registration.incarnation),
+            predecessor: Mutex::default(),
             registration,
             slots,
             map: Watched::new(Arc::new(Map {
@@ -624,7 +634,10 @@ impl Members {
         loop {
             let begun = Instant::now();
             match self.store.register(&registration, self.slots, LEASE).await {
-                Ok(()) => {
+                Ok(before) => {
+                    // Whoever was fenced while it lived goes on without slots.
+                    let is_first = registration.incarnation == self.registration.incarnation;
+                    *self.predecessor() = before.filter(|_| is_first);
                     self.renewed(begun);
                     self.look_now();
                     tracing::info!(node = %registration.node, incarnation = %registration.incarnation, "registered as a member");
@@ -834,6 +847,7 @@ impl Members {
             }
             if self.is_draining() || !self.may_adopt() {
                 seen.clear();
+                self.succeed().await;
                 continue;
             }
             let now = Instant::now();
@@ -865,7 +879,12 @@ impl Members {
             let lost: BTreeSet<Uuid> = owners.map(|owner| owner.incarnation).collect();
             if !due.is_empty() {
                 // Side by side: a lost owner may be back at any moment, and nobody should wait for the note.
-                tokio::join!(self.claim(&due), self.note_lost_leases(lost));
+                let claim = if Mutant::AdoptionAfterOutage.is_active() {
+                    Claim::Orphaned
+                } else {
+                    Claim::OrphanedBySteady
+                };
+                tokio::join!(self.claim(&due, claim), self.note_lost_leases(lost));
             }
         }
     }
@@ -902,13 +921,29 @@ impl Members {
         }
     }
 
-    async fn claim(&self, slots: &[Slot]) {
-        let (begun, asked) = (Instant::now(), self.store.failovers());
-        let claim = if Mutant::AdoptionAfterOutage.is_active() {
-            Claim::Orphaned
-        } else {
-            Claim::OrphanedBySteady
+    /// Takes what the run before owned without waiting to be steady: it is gone, so nothing is taken from anybody who only
+    /// could not renew. Others may come first; and who is held in quarantine leaves it to them.
+    async fn succeed(&self) {
+        let Some(predecessor) = *self.predecessor() else {
+            return;
         };
+        let map = self.map();
+        let is_told = map.is_member(self.incarnation()) && !map.owners.is_empty();
+        if self.is_draining() || !is_told || !self.may_take() {
+            return;
+        }
+        let slots = map.owned_by(predecessor);
+        let is_held = map
+            .quarantined(Instant::now())
+            .contains_key(&self.registration.node);
+        if is_held || slots.is_empty() || self.claim(&slots, Claim::Left(predecessor)).await {
+            *self.predecessor() = None;
+        }
+    }
+
+    /// Answers whether the store did.
+    async fn claim(&self, slots: &[Slot], claim: Claim) -> bool {
+        let (begun, asked) = (Instant::now(), self.store.failovers());
         match self.store.claim(self.incarnation(), slots, claim).await {
             Ok(taken) if taken.is_empty() => self.look_now(),
             Ok(taken) => {
@@ -917,26 +952,28 @@ impl Members {
                 tracing::info!(slots = taken.len(), duration_ms, "adopted slots");
                 self.note(&taken, self.incarnation(), asked);
             }
-            Err(error) => tracing::warn!(%error, "cannot adopt slots"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot adopt slots");
+                return false;
+            }
         }
+        true
     }
 
     /// A node that was cut off itself must not adopt as soon as the store answers again.
     fn may_adopt(&self) -> bool {
-        let lease = self.lease();
-        let settled = !self.store.failovers().is_pending()
-            && lease
-                .failed_over
-                .is_none_or(|failed_over| ADOPT_AFTER_FAILOVER <= failed_over.elapsed());
         let soon = self.alone || Mutant::AdoptionAfterOutage.is_active();
-        let steady = lease
-            .steady_since
-            .is_some_and(|since| soon || ADOPT_AFTER_STEADY <= since.elapsed());
-        settled
-            && steady
-            && lease
-                .renewed
-                .is_some_and(|renewed| renewed.elapsed() < STOP_OWNING_AFTER)
+        let steady_since = self.lease().steady_since;
+        self.may_take()
+            && steady_since.is_some_and(|since| soon || ADOPT_AFTER_STEADY <= since.elapsed())
+    }
+
+    /// The lease is held, and no failover of the database is so young that owners may still be on their way back.
+    fn may_take(&self) -> bool {
+        let failed_over = self.lease().failed_over;
+        !self.store.failovers().is_pending()
+            && failed_over.is_none_or(|failed_over| ADOPT_AFTER_FAILOVER <= failed_over.elapsed())
+            && self.lease_held()
     }
 
     fn renewed(&self, begun: Instant) {
@@ -1023,7 +1060,13 @@ impl Members {
         });
     }
 
-    fn lease(&self) -> std::sync::MutexGuard<'_, Lease> {
+    fn predecessor(&self) -> MutexGuard<'_, Option<Uuid>> {
+        self.predecessor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lease(&self) -> MutexGuard<'_, Lease> {
         self.lease.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -1038,6 +1081,8 @@ fn following(incarnation: Uuid) -> Uuid {
 #[cfg(test)]
 mod tests {
     use collab_core::limits::SLOTS_MIN;
+    use futures::FutureExt;
+    use tokio::task::JoinSet;
 
     use super::*;
     use crate::store::memory::Database;
@@ -1113,6 +1158,40 @@ mod tests {
         assert_eq!(epoch(), Epoch(2));
         members.note(&[(Slot(0), Epoch(3))], ME, members.store.failovers());
         assert_eq!(epoch(), Epoch(3));
+    }
+
+    /// Time stands still unless all wait: what takes none of it happens at once.
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_goes_on_with_its_slots_at_once_and_takes_others_when_it_is_steady() {
+        let database = Database::default();
+        let run = |incarnation| {
+            let registration = Registration {
+                incarnation,
+                pod_uid: "pod".to_owned(),
+                ..Registration::alone(incarnation)
+            };
+            let store = Arc::new(database.sessions());
+            let members = Members::new(store, Metrics::new(), registration, SLOTS_MIN, false);
+            let mut tasks = JoinSet::new();
+            tasks.spawn(members.clone().keep_lease().map(drop));
+            tasks.spawn(members.clone().follow_map());
+            tasks.spawn(members.clone().adopt());
+            (members, tasks)
+        };
+        let owned_after = async |members: &Members| {
+            let begun = Instant::now();
+            while members.owned().len() < usize::from(SLOTS_MIN) {
+                sleep(Duration::from_millis(1)).await;
+            }
+            begun.elapsed()
+        };
+        let (first, tasks) = run(ME);
+        let waited = owned_after(&first).await;
+        assert!(ADOPT_AFTER_STEADY <= waited, "{waited:?}");
+        drop(tasks);
+        let (second, _tasks) = run(OTHER);
+        let waited = owned_after(&second).await;
+        assert!(waited < LEASE_RENEW_EVERY, "{waited:?}");
     }
 
     /// As after the claim of every other slot of a node that died.

@@ -323,6 +323,8 @@ pub enum Claim {
     /// `RENEWAL_GAP_MAX`, by the store's clock. A claim that was held up on its way takes nothing from those who
     /// could not renew their leases meanwhile either.
     OrphanedBySteady,
+    /// Those that still have this owner, who is no member any more: an earlier run of the pod of who claims.
+    Left(Uuid),
 }
 
 /// What the planner wants.
@@ -473,7 +475,7 @@ pub trait Store: Send + Sync + 'static {
 
     /// Makes the process a member with a fresh lease, state Active (and the zone of the run before, unless it knows its own), and removes earlier runs of the same pod uid (their
     /// slots become orphaned at once). An earlier run that is removed without having left has lost its lease, which is
-    /// remembered. Creates the slot rows when there are none.
+    /// remembered. Creates the slot rows when there are none. Answers the run whose place this one took, if it was still there.
     ///
     /// # Errors
     /// [`StoreError::Unusable`] when the cluster was created with another number of slots.
@@ -482,7 +484,7 @@ pub trait Store: Send + Sync + 'static {
         member: &Registration,
         slots: u16,
         lease: Duration,
-    ) -> Result<(), StoreError>;
+    ) -> Result<Option<Uuid>, StoreError>;
 
     /// Renews the lease of an incarnation of a pod.
     async fn renew(

@@ -473,7 +473,7 @@ impl Store for Sessions {
         member: &Registration,
         slots: u16,
         lease: Duration,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Option<Uuid>, StoreError> {
         let member = member.clone();
         self.call(Kind::Write, CONTROL_TIMEOUT, move |memory| async move {
             memory.register(&member, slots, lease).await

@@ -522,17 +522,24 @@ impl Rows {
         fence
     }
 
-    fn register(&mut self, member: &Registration, slots: u16, lease_end: Instant, now: Instant) {
+    fn register(
+        &mut self,
+        member: &Registration,
+        slots: u16,
+        lease_end: Instant,
+        now: Instant,
+    ) -> Option<Uuid> {
         if self.slots.is_empty() {
             self.slots_fixed = slots;
             self.slots = vec![SlotRecord::default(); usize::from(slots)];
         }
         let mut member = member.clone();
-        let same_pod = |known: &&MemberRecord| known.registration.pod_uid == member.pod_uid;
-        if let Some(before) = self.members.values().find(same_pod)
+        let mut known = self.members.values().map(|known| &known.registration);
+        let before = known.find(|known| known.pod_uid == member.pod_uid).cloned();
+        if let Some(before) = &before
             && member.zone.is_empty()
         {
-            member.zone.clone_from(&before.registration.zone);
+            member.zone.clone_from(&before.zone);
         }
         let lost: Vec<Uuid> = self
             .members
@@ -561,7 +568,10 @@ impl Rows {
             steady_since: now,
             load: None,
         };
-        self.members.insert(record.registration.incarnation, record);
+        let incarnation = record.registration.incarnation;
+        self.members.insert(incarnation, record);
+        let before = before.map(|before| before.incarnation);
+        before.filter(|before| *before != incarnation)
     }
 
     fn lose_leases(&mut self, incarnations: &[Uuid], now: Instant) {
@@ -731,7 +741,7 @@ impl Rows {
         now: Instant,
     ) -> Vec<(Slot, Epoch)> {
         let able = match claim {
-            Claim::Orphaned => self.lives(incarnation, now),
+            Claim::Orphaned | Claim::Left(_) => self.lives(incarnation, now),
             Claim::OrphanedBySteady => {
                 self.lives(incarnation, now) && self.is_steady(incarnation, now)
             }
@@ -741,7 +751,12 @@ impl Rows {
         }
         let orphaned = |slot: &Slot| {
             let row = self.slots.get(usize::from(slot.0));
-            row.is_some_and(|row| row.owner.is_none_or(|owner| !self.lives(owner, now)))
+            row.is_some_and(|row| match claim {
+                Claim::Left(owner) => {
+                    row.owner == Some(owner) && !self.members.contains_key(&owner)
+                }
+                _ => row.owner.is_none_or(|owner| !self.lives(owner, now)),
+            })
         };
         let orphans: Vec<Slot> = slots
             .iter()
@@ -956,7 +971,7 @@ impl Store for Memory {
         member: &Registration,
         slots: u16,
         lease: Duration,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Option<Uuid>, StoreError> {
         let existing = self.database.read(|rows, _| rows.slots_fixed);
         if existing != 0 && existing != slots {
             return Err(StoreError::Unusable(format!(
@@ -965,10 +980,11 @@ impl Store for Memory {
             )));
         }
         let member = member.clone();
-        self.database
+        let before = self
+            .database
             .write(move |rows, now| rows.register(&member, slots, now + lease, now));
         self.database.members_changed.notify_waiters();
-        Ok(())
+        Ok(before)
     }
 
     async fn renew(

@@ -358,9 +358,10 @@ impl Postgres {
         slots: &[i32],
         claim: Claim,
     ) -> Result<Vec<PgRow>, StoreError> {
-        let steady = match claim {
-            Claim::Orphaned => None,
-            Claim::OrphanedBySteady => Some(ADOPT_AFTER_STEADY),
+        let (steady, left_by) = match claim {
+            Claim::Orphaned => (None, None),
+            Claim::OrphanedBySteady => (Some(ADOPT_AFTER_STEADY), None),
+            Claim::Left(owner) => (None, Some(owner)),
         };
         // Judged first, locked second, compared third: a row that changed while this waited for its
         // lock is left alone. (An outer join to member under the lock would be evaluated again for
@@ -370,8 +371,8 @@ impl Postgres {
                select set_config('lock_timeout', $3, true)
              ), orphan as materialized (
                select s.slot, s.epoch, s.owner from slot s left join member m on m.incarnation = s.owner, patience
-               where s.slot = any($1) and (m.incarnation is null or m.lease_end <= clock_timestamp())
-                 and exists (
+               where s.slot = any($1) and (m.incarnation is null or $6::uuid is null and m.lease_end <= clock_timestamp())
+                 and ($6 is null or s.owner = $6) and exists (
                    select from member where incarnation = $2 and clock_timestamp() < lease_end and ($4 is null
                      or $4 * interval '1 ms' <= clock_timestamp() - steady_since
                      and clock_timestamp() - renewed_at <= $5 * interval '1 ms')
@@ -389,7 +390,8 @@ impl Postgres {
         .bind(incarnation)
         .bind(setting(CLAIM_LOCK_TIMEOUT))
         .bind(steady.map(millis).transpose()?)
-        .bind(millis(RENEWAL_GAP_MAX)?);
+        .bind(millis(RENEWAL_GAP_MAX)?)
+        .bind(left_by);
         self.run(&self.control, CONTROL_TIMEOUT, query).await
     }
 
@@ -847,7 +849,7 @@ impl Store for Postgres {
         member: &Registration,
         slots: u16,
         lease: Duration,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Option<Uuid>, StoreError> {
         // Sessions carry the incarnation, so that who fences it can end them.
         for pool in [&self.writes, &self.control, &self.reads] {
             let options = (*pool.connect_options()).clone();
@@ -878,7 +880,9 @@ impl Store for Postgres {
         self.run(&self.control, DATA_TIMEOUT, query).await?;
         // A pod has one process at a time. Rows of pods that have long gone are of no use to anybody.
         let query = sqlx::query(
-            "with gone as (
+            "with before as (
+               select incarnation from member where pod_uid = $2 and incarnation <> $1
+             ), gone as (
                delete from member where pod_uid <> $2
                  and (lease_end < clock_timestamp() - interval '1 hour' or node = $3 and lease_end < clock_timestamp())
              ), forgotten as (
@@ -897,7 +901,7 @@ impl Store for Postgres {
                weight = excluded.weight, state = excluded.state,
                lease_end = excluded.lease_end, renewed_at = excluded.renewed_at, steady_since = excluded.steady_since,
                load = null, fenced = false
-             returning pg_notify('collab_members', '')",
+             returning (select incarnation from before), pg_notify('collab_members', '')",
         )
         .bind(member.incarnation)
         .bind(&member.pod_uid)
@@ -909,9 +913,10 @@ impl Store for Postgres {
         .bind(millis(lease)?)
         .bind(millis(LOST_LEASES_KEPT_FOR)?)
         .bind(MemberState::Drained.as_str());
-        self.run(&self.control, CONTROL_TIMEOUT, query)
-            .await
-            .map(drop)
+        get(
+            &self.run_one(&self.control, CONTROL_TIMEOUT, query).await?,
+            0,
+        )
     }
 
     async fn renew(

@@ -452,7 +452,7 @@ impl Store for Sqlite {
         member: &Registration,
         slots: u16,
         lease: Duration,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Option<Uuid>, StoreError> {
         let mut write = self.write().await?;
         sqlx::query("insert into control (slots) values (?) on conflict do nothing")
             .bind(slots)
@@ -480,14 +480,16 @@ impl Store for Sqlite {
         write.commit().await.map_err(failed)?;
         let mut known = self.member.lock().expect("no holder panics");
         let before = known
-            .take_if(|before| before.pod_uid == member.pod_uid && member.zone.is_empty())
-            .map(|before| before.zone);
+            .take()
+            .filter(|before| before.pod_uid == member.pod_uid);
+        let zone = before.as_ref().map(|before| before.zone.clone());
+        let zone = zone.filter(|_| member.zone.is_empty());
         *known = Some(Member {
             node: member.node.clone(),
             incarnation: member.incarnation,
             pod_uid: member.pod_uid.clone(),
             address: member.address.clone(),
-            zone: before.unwrap_or_else(|| member.zone.clone()),
+            zone: zone.unwrap_or_else(|| member.zone.clone()),
             weight: member.weight,
             state: MemberState::Active,
             lease_left: lease,
@@ -495,7 +497,8 @@ impl Store for Sqlite {
             load_age: Duration::ZERO,
             leases_lost_ago: Vec::new(),
         });
-        Ok(())
+        let before = before.map(|before| before.incarnation);
+        Ok(before.filter(|before| *before != member.incarnation))
     }
 
     async fn renew(
@@ -598,7 +601,7 @@ impl Store for Sqlite {
         claim: Claim,
     ) -> Result<Vec<(Slot, Epoch)>, StoreError> {
         // The one member of this store has nobody to take a slot from but its own earlier runs.
-        let (Claim::Orphaned | Claim::OrphanedBySteady) = claim;
+        let (Claim::Orphaned | Claim::OrphanedBySteady | Claim::Left(_)) = claim;
         if self
             .member
             .lock()

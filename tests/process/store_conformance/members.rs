@@ -18,6 +18,7 @@ mod on_clusters {
 
     on_clusters! {
         slots_go_to_an_active_member_and_to_nobody_else
+        a_run_of_a_pod_takes_what_the_one_before_left_and_nothing_else
         an_ended_lease_gives_slots_away_until_it_is_renewed
         a_lease_is_ended_early_only_when_it_was_not_renewed_for_a_while
         who_has_no_lease_judges_nobody
@@ -324,6 +325,38 @@ async fn slots_go_to_an_active_member_and_to_nobody_else(bench: Bench) {
             room_epoch: RoomEpoch(1)
         }
     );
+}
+
+async fn a_run_of_a_pod_takes_what_the_one_before_left_and_nothing_else(bench: Bench) {
+    let (mut old, mut other) = (bench.node("node-0").await, bench.node("node-1").await);
+    old.claim(&[1, 2]).await;
+    other.claim(&[3]).await;
+    let take = async |by: &Node, from: Uuid| {
+        let slots = [1, 2, 3].map(Slot);
+        let taken = bench.store.claim(by.incarnation, &slots, Claim::Left(from));
+        taken.await.unwrap()
+    };
+    bench.lease_ends(&old).await;
+    let taken = take(&other, old.incarnation).await;
+    assert_eq!(taken, [], "the one before is still a member");
+
+    let member = Registration {
+        incarnation: Uuid::new_v4(),
+        ..registration("node-0")
+    };
+    for before in [Some(old.incarnation), None] {
+        let registered = bench.store.register(&member, SLOTS, LEASE).await.unwrap();
+        assert_eq!(registered, before);
+    }
+    // Somebody else was faster with one of them.
+    other.claim(&[2]).await;
+    bench.lease_ends(&other).await;
+    let new = Node {
+        incarnation: member.incarnation,
+        ..old
+    };
+    assert_eq!(take(&new, old.incarnation).await, [(Slot(1), Epoch(2))]);
+    assert_eq!(take(&new, old.incarnation).await, []);
 }
 
 async fn an_ended_lease_gives_slots_away_until_it_is_renewed(bench: Bench) {
