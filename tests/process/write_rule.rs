@@ -2,7 +2,6 @@
 //! without its lock, or with a weaker one, loses updates in the same race; so does a pin that leaves the epoch
 //! of the slot as it is that it takes a document from.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,7 +12,9 @@ use collab_node::log::{Log, LogEvent};
 use collab_node::members::Members;
 use collab_node::metrics::Metrics;
 use collab_node::queue;
-use collab_node::store::postgres::{APPEND, LOCK_SLOTS, MOVE_DOCUMENT, Postgres, append_statement};
+use collab_node::store::postgres::{
+    APPEND, APPEND_ONE, LOCK_SLOTS, MOVE_DOCUMENT, Postgres, append_one_statement, append_statement,
+};
 use collab_node::store::{Append, Claim, Content, Loaded, Ownership, Registration, Store};
 use collab_node::tasks::Tasks;
 use collab_tests::postgres::Postgres as Server;
@@ -26,48 +27,58 @@ const RACES: u16 = 150;
 /// Sessions of the old owner that append to the slot all the time. One, as a node never has two
 /// statements for one slot in flight: two that overlap can keep a claim waiting for as long as they like.
 const APPENDERS: usize = 1;
-/// Rows in each append.
+/// Rows in each append of a batch.
 const ROWS: usize = 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_update_appears_behind_the_back_of_a_new_owner() {
-    let outcome = race(&write_rule(), &Taking::Claim).await;
-    println!("the write rule: {outcome:?}");
-    assert_eq!(outcome.violations, 0, "{outcome:?}");
-    assert!(
-        outcome.appended > 10 * usize::from(RACES),
-        "the owner was not busy: {outcome:?}"
-    );
+    for rule in write_rules() {
+        let outcome = race(&rule, &Taking::Claim).await;
+        println!("{rule:?}: {outcome:?}");
+        assert_eq!(outcome.violations, 0, "{outcome:?}");
+        assert!(
+            outcome.appended > usize::from(RACES) * rule.busy(),
+            "the owner was not busy: {outcome:?}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_race_catches_a_statement_that_looks_without_a_lock() {
-    let outcome = race(&mutant(APPEND, "for share of s", ""), &Taking::Claim).await;
-    println!("without the lock: {outcome:?}");
-    assert!(outcome.violations > 0, "{outcome:?}");
+    for rule in [
+        Rule::Batch(mutant(APPEND, "for share of s", "")),
+        Rule::One(mutant(APPEND_ONE, "for share of s skip locked", "")),
+    ] {
+        let outcome = race(&rule, &Taking::Claim).await;
+        println!("{rule:?}: {outcome:?}");
+        assert!(outcome.violations > 0, "{outcome:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_race_catches_a_lock_that_a_claim_does_not_wait_for() {
-    let outcome = race(
-        &mutant(APPEND, "for share of s", "for key share of s"),
-        &Taking::Claim,
-    )
-    .await;
-    println!("with `for key share`: {outcome:?}");
-    assert!(outcome.violations > 0, "{outcome:?}");
+    for rule in [
+        Rule::Batch(mutant(APPEND, "for share of s", "for key share of s")),
+        Rule::One(mutant(APPEND_ONE, "for share of s", "for key share of s")),
+    ] {
+        let outcome = race(&rule, &Taking::Claim).await;
+        println!("{rule:?}: {outcome:?}");
+        assert!(outcome.violations > 0, "{outcome:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_update_appears_in_a_document_that_was_pinned_or_unpinned() {
-    for taking in [Taking::Pin(None), Taking::Unpin(None)] {
-        let outcome = race(&write_rule(), &taking).await;
-        println!("{taking:?}: {outcome:?}");
-        assert_eq!(outcome.violations, 0, "{outcome:?}");
-        assert!(
-            outcome.appended > 10 * usize::from(RACES),
-            "the owner was not busy: {outcome:?}"
-        );
+    for rule in write_rules() {
+        for taking in [Taking::Pin(None), Taking::Unpin(None)] {
+            let outcome = race(&rule, &taking).await;
+            println!("{taking:?}, {rule:?}: {outcome:?}");
+            assert_eq!(outcome.violations, 0, "{outcome:?}");
+            assert!(
+                outcome.appended > usize::from(RACES) * rule.busy(),
+                "the owner was not busy: {outcome:?}"
+            );
+        }
     }
 }
 
@@ -84,7 +95,7 @@ async fn the_race_catches_a_pin_that_does_not_raise_the_epoch() {
         Taking::Pin(Some(raises("$2"))),
         Taking::Unpin(Some(keeps_owner(raises("$1")))),
     ] {
-        let outcome = race(APPEND, &taking).await;
+        let outcome = race(&Rule::Batch(APPEND.to_owned()), &taking).await;
         println!("{taking:?}: {outcome:?}");
         assert!(outcome.violations > 0, "{outcome:?}");
     }
@@ -175,10 +186,32 @@ fn registration() -> Registration {
     }
 }
 
+/// The statement of the write rule, or one that is not as good.
+#[derive(Clone, Debug)]
+enum Rule {
+    /// Takes [`ROWS`] rows.
+    Batch(String),
+    /// Takes one.
+    One(String),
+}
+
+impl Rule {
+    /// Rows that a busy owner has appended by the time that the document is taken, at least.
+    const fn busy(&self) -> usize {
+        match self {
+            Self::Batch(_) => ROWS / 2,
+            Self::One(_) => 2,
+        }
+    }
+}
+
 /// The write rule as a node sends it.
-fn write_rule() -> Cow<'static, str> {
+fn write_rules() -> [Rule; 2] {
     collab_tests::mutants::choose();
-    append_statement()
+    [
+        Rule::Batch(append_statement().into_owned()),
+        Rule::One(append_one_statement().into_owned()),
+    ]
 }
 
 fn mutant(statement: &str, from: &str, to: &str) -> String {
@@ -188,7 +221,7 @@ fn mutant(statement: &str, from: &str, to: &str) -> String {
 }
 
 /// Has document after document taken from a busy old owner, and loaded as the load rule says.
-async fn race(statement: &str, taking: &Taking) -> Outcome {
+async fn race(rule: &Rule, taking: &Taking) -> Outcome {
     let server = Server::shared().await;
     let url = server.database().await;
     let store = Postgres::connect(&url).await.unwrap();
@@ -207,7 +240,7 @@ async fn race(statement: &str, taking: &Taking) -> Outcome {
         .unwrap();
 
     let mut outcome = Outcome::default();
-    let statement = Arc::new(statement.to_owned());
+    let rule = Arc::new(rule.clone());
     for slot in 0..RACES {
         let over = Arc::new(AtomicBool::new(false));
         let started = Arc::new(Barrier::new(APPENDERS + 1));
@@ -222,15 +255,11 @@ async fn race(statement: &str, taking: &Taking) -> Outcome {
                 .execute(&pool)
                 .await
                 .unwrap();
-            let (pool, statement, over, started) = (
-                pool.clone(),
-                statement.clone(),
-                over.clone(),
-                started.clone(),
-            );
+            let (pool, rule, over, started) =
+                (pool.clone(), rule.clone(), over.clone(), started.clone());
             appenders.push(tokio::spawn(async move {
                 let right = (busy, epoch, old);
-                append_until_fenced(&pool, &statement, right, &document, &over, &started).await;
+                append_until_fenced(&pool, &rule, right, &document, &over, &started).await;
             }));
         }
         started.wait().await;
@@ -345,44 +374,60 @@ async fn move_document(
     change.commit().await.unwrap();
 }
 
-/// Appends to one document under the old epoch, batch after batch, until the answer is "not held".
+/// Appends to one document under the old epoch, time after time, until the answer is "not held".
 async fn append_until_fenced(
     pool: &PgPool,
-    statement: &str,
+    rule: &Rule,
     (slot, epoch, owner): (u16, i64, Uuid),
     document: &str,
     over: &AtomicBool,
     started: &Barrier,
 ) {
     let mut session = pool.acquire().await.unwrap();
+    let slot = i32::from(slot);
     let bytes = [7_u8; 60];
     let checksum = i64::from(crc32c::crc32c(&bytes));
     let mut next = 1_i64;
     loop {
-        let seqs: Vec<i64> = (next..).take(ROWS).collect();
-        let row = sqlx::query(AssertSqlSafe(statement))
-            .bind(vec![i32::from(slot)])
-            .bind(vec![epoch])
-            .bind(vec![owner])
-            .bind(vec![1_i64; ROWS])
-            .bind(vec![document; ROWS])
-            .bind(&seqs)
-            .bind(vec![checksum; ROWS])
-            .bind(vec![bytes.as_slice(); ROWS])
-            .bind(vec![""; ROWS])
-            .bind("10s")
-            .fetch_one(&mut *session)
-            .await
-            .unwrap();
-        let held: Option<Vec<i32>> = row.try_get(0).unwrap();
+        let seqs: Vec<i64> = match rule {
+            Rule::Batch(_) => (next..).take(ROWS).collect(),
+            Rule::One(_) => vec![next],
+        };
+        let query = match rule {
+            Rule::Batch(statement) => sqlx::query(AssertSqlSafe(statement.as_str()))
+                .bind(vec![slot])
+                .bind(vec![epoch])
+                .bind(vec![owner])
+                .bind(vec![1_i64; ROWS])
+                .bind(vec![document; ROWS])
+                .bind(&seqs)
+                .bind(vec![checksum; ROWS])
+                .bind(vec![bytes.as_slice(); ROWS])
+                .bind(vec![""; ROWS])
+                .bind("10s"),
+            Rule::One(statement) => sqlx::query(AssertSqlSafe(statement.as_str()))
+                .bind(slot)
+                .bind(epoch)
+                .bind(owner)
+                .bind(document)
+                .bind(next)
+                .bind(checksum)
+                .bind(bytes.as_slice())
+                .bind(""),
+        };
+        let row = query.fetch_optional(&mut *session).await.unwrap();
+        let is_held = match (rule, row) {
+            (Rule::Batch(_), Some(row)) => row.get::<Option<Vec<i32>>, _>(0).is_some(),
+            (_, row) => row.is_some(),
+        };
         if next == 1 {
-            assert!(held.is_some(), "the race began too late");
+            assert!(is_held, "the race began too late");
             started.wait().await;
         }
-        // The last batch after the takeover is the one that may have slipped through.
-        if held.is_none() || over.load(Ordering::Relaxed) {
+        // The last one after the takeover is the one that may have slipped through.
+        if !is_held || over.load(Ordering::Relaxed) {
             return;
         }
-        next += i64::try_from(ROWS).unwrap();
+        next += i64::try_from(seqs.len()).unwrap();
     }
 }

@@ -104,9 +104,28 @@ with patience as materialized (
 )
 select (select array_agg(slot) from held), (select array_agg(document) from put), (select array_agg(seq) from put)";
 
+/// The write rule for a single row, at a third of what [`APPEND`] takes beyond the bare row. It says nothing when it does nothing,
+/// whatever the reason, and waits for nobody: [`APPEND`] knows more.
+///
+/// `$1..$3` are the slot, epoch and incarnation, `$4..$8` document, seq, checksum, bytes and author.
+pub const APPEND_ONE: &str = "
+with held as materialized (
+  select s.slot, s.epoch from slot s where s.slot = $1 and s.epoch = $2 and s.owner = $3 for share of s skip locked
+)
+insert into update_log (document, seq, slot, epoch, crc32c, bytes, author)
+select d.id, $5, h.slot, h.epoch, $6, $7, $8
+from held h join document d on d.id = $4 and not d.deleted and d.base_seq < $5
+on conflict (document, seq) do nothing
+returning seq";
+
 /// [`APPEND`] as it is sent.
 pub fn append_statement() -> Cow<'static, str> {
     Mutant::ExistsFence.rewrites(APPEND, "for share of s", "")
+}
+
+/// [`APPEND_ONE`] as it is sent.
+pub fn append_one_statement() -> Cow<'static, str> {
+    Mutant::ExistsFence.rewrites(APPEND_ONE, "for share of s skip locked", "")
 }
 
 /// Locks the slots `$1` for a change of who owns what in them, in ascending order.
@@ -283,7 +302,7 @@ impl Postgres {
     async fn run_durably(
         &self,
         query: Query<'_, sqlx::Postgres, PgArguments>,
-    ) -> Result<PgRow, StoreError> {
+    ) -> Result<Option<PgRow>, StoreError> {
         let warnings = WARNINGS.load(Ordering::Acquire);
         let seen = self.failovers().seen;
         // The session tells of a failover before it is used.
@@ -295,11 +314,30 @@ impl Postgres {
                 "the database has failed over; what was to be written may be older than what it holds now".into(),
             )));
         }
-        let row = within(DATA_TIMEOUT, query.fetch_one(session.connection()))
+        let row = within(DATA_TIMEOUT, query.fetch_optional(session.connection()))
             .await
             .map_err(|error| self.failed(error))?;
         session.ended();
         unless_warned(warnings, row)
+    }
+
+    /// Appends if there is nothing against it. Answers whether it did.
+    async fn append_one(&self, append: &Append) -> Result<bool, StoreError> {
+        let Ownership {
+            slot,
+            epoch,
+            incarnation,
+        } = append.ownership;
+        let query = sqlx::query(AssertSqlSafe(append_one_statement()))
+            .bind(i32::from(slot.0))
+            .bind(epoch.0)
+            .bind(incarnation)
+            .bind(append.document.as_str())
+            .bind(append.seq.0)
+            .bind(i64::from(crc32c::crc32c(&append.bytes)))
+            .bind(append.bytes.as_ref())
+            .bind(stored_author(append));
+        Ok(self.run_durably(query).await?.is_some())
     }
 
     /// Runs one fenced statement, which answers whether the slot was held.
@@ -307,7 +345,7 @@ impl Postgres {
         &self,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<Fence, StoreError> {
-        let row = self.run_durably(query).await?;
+        let row = self.run_durably(query).await?.ok_or_else(no_answer)?;
         Ok(if get(&row, 0)? {
             Fence::Held
         } else {
@@ -553,6 +591,14 @@ impl Drop for Session<'_> {
 #[async_trait]
 impl Store for Postgres {
     async fn append(&self, batch: &[Append]) -> Result<Appended, StoreError> {
+        if let [append] = batch
+            && self.append_one(append).await?
+        {
+            return Ok(Appended {
+                held: vec![append.ownership.slot],
+                inserted: vec![(append.document.clone(), append.seq)],
+            });
+        }
         let mut places = HashMap::new();
         let mut owned = Vec::new();
         let place: Vec<i64> = batch
@@ -589,15 +635,9 @@ impl Store for Postgres {
                     .map(|append| append.bytes.as_ref())
                     .collect::<Vec<_>>(),
             )
-            // The one byte that Postgres has no text for must not fail a batch.
-            .bind(
-                batch
-                    .iter()
-                    .map(|append| append.author.replace('\0', ""))
-                    .collect::<Vec<_>>(),
-            )
+            .bind(batch.iter().map(stored_author).collect::<Vec<_>>())
             .bind(setting(APPEND_LOCK_TIMEOUT));
-        let row = self.run_durably(query).await?;
+        let row = self.run_durably(query).await?.ok_or_else(no_answer)?;
         let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
         let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
         let seqs: Vec<i64> = get::<Option<_>>(&row, 2)?.unwrap_or_default();
@@ -716,7 +756,7 @@ impl Store for Postgres {
         .bind(ownership.incarnation)
         .bind(document.as_str())
         .bind(recreate == Recreate::Allowed);
-        let row = self.run_durably(query).await?;
+        let row = self.run_durably(query).await?.ok_or_else(no_answer)?;
         Ok(match (get(&row, 0)?, get::<Option<i64>>(&row, 1)?) {
             (false, _) => Created::Fenced,
             (true, None) => Created::Exists,
@@ -1641,10 +1681,19 @@ fn millis(duration: Duration) -> Result<i32, StoreError> {
     i32::try_from(duration.as_millis()).map_err(StoreError::unusable)
 }
 
+fn no_answer() -> StoreError {
+    StoreError::unusable("a statement that always answers did not")
+}
+
+/// The one byte that Postgres has no text for must not fail a batch.
+fn stored_author(append: &Append) -> String {
+    append.author.replace('\0', "")
+}
+
 /// The answer to a statement that writes, unless the server has warned meanwhile: `before` is [`WARNINGS`] at its beginning.
-fn unless_warned(before: u64, row: PgRow) -> Result<PgRow, StoreError> {
+fn unless_warned<T>(before: u64, answer: T) -> Result<T, StoreError> {
     if before == WARNINGS.load(Ordering::Acquire) {
-        return Ok(row);
+        return Ok(answer);
     }
     let reason = "the server warned: it is not known whether the standby has the commit";
     Err(StoreError::Unavailable(sqlx::Error::Protocol(
