@@ -276,7 +276,7 @@ impl Claims {
             Scope::Read => Access::Read,
         };
         Visitor {
-            author: self.sub,
+            author: self.sub.into(),
             access,
         }
     }

@@ -47,8 +47,10 @@ pub use meter::Load;
 
 /// Between two looks whether memory was freed.
 const MEMORY_RETRY: Duration = Duration::from_millis(20);
-/// Between two looks at the clock: presence that expires, snapshots that are due.
+/// Between two looks at the clock while something is on its way: snapshots that are due, a store that does not answer.
 const TICK: Duration = Duration::from_secs(1);
+/// The same of a document in which nothing happens: presence that expires, memory that is not needed.
+const QUIET_TICK: Duration = Duration::from_secs(5);
 
 /// Where the owner's messages for one edge go.
 #[derive(Clone, Debug)]
@@ -464,7 +466,7 @@ impl Documents {
                 task: task.clone(),
             },
         );
-        let host = Host {
+        let host = Box::new(Host {
             documents: self.clone(),
             document: document.clone(),
             id,
@@ -473,7 +475,7 @@ impl Documents {
             inputs,
             held: VecDeque::new(),
             failovers: 0,
-        };
+        });
         self.tasks.spawn(host.run(missing));
         task
     }

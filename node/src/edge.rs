@@ -70,7 +70,7 @@ pub enum Access {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Visitor {
     /// The authenticated user, or empty.
-    pub author: String,
+    pub author: Box<str>,
     /// What it may do.
     pub access: Access,
 }
@@ -286,7 +286,7 @@ impl Edge {
         });
         let mut batch = Vec::new();
         let mut heard = Instant::now();
-        let mut pace = Pace::new(MESSAGES_PER_SECOND_MAX, MESSAGES_BURST, heard);
+        let mut pace = Pace::<MESSAGES_PER_SECOND_MAX, MESSAGES_BURST>::new(heard);
         let mut looks = interval(PULSE_EVERY);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let close = 'serve: loop {

@@ -23,6 +23,8 @@ pub struct Metrics {
     pub documents_refused: IntCounter,
     /// Documents that are read-only because their stored rows are damaged.
     pub documents_degraded: IntGauge,
+    /// Open documents that rest.
+    pub documents_at_rest: IntGauge,
     /// Memory of the open documents, in bytes, estimated.
     pub documents_memory: IntGauge,
     /// Clocks of the open documents, when last counted.
@@ -136,9 +138,13 @@ impl Metrics {
                 "collab_documents_degraded",
                 "Documents of which only a part is served, read-only, because their stored rows are damaged.",
             ),
+            documents_at_rest: gauge(
+                "collab_documents_at_rest",
+                "Open documents that nobody has changed or joined for a while: only their bytes are in memory.",
+            ),
             documents_memory: gauge(
                 "collab_documents_memory_bytes",
-                "Memory of the open documents, estimated.",
+                "Memory of the open documents, estimated, as if none was at rest.",
             ),
             documents_clocks: gauge(
                 "collab_documents_clocks",

@@ -378,25 +378,30 @@ fn upload(kind: Kind) -> Result<Figures> {
     Ok(figures)
 }
 
+/// When a server has put away what it does not need for those who only look.
+const IDLE_AFTER: Duration = Duration::from_secs(27);
+
 fn idle(kind: Kind) -> Result<Figures> {
     const DOCUMENTS: usize = 500;
     const CONNECTIONS: usize = 5_000;
+    // What a server takes for its first documents is not what it takes for each.
+    const FIRST: usize = 50;
     let home = Home::new(kind, "idle")?;
     let server = home.start(None)?;
-    // What a server takes for its first documents is not what it takes for each.
-    let mut first = Load::new(&server)?;
-    for number in 0..50 {
-        first.join(&format!("first-{number}"), 1, 1, &EMPTY)?;
-    }
-    one_edit_each(&mut first)?;
-    let before = server.anonymous_kib();
     let mut load = Load::new(&server)?;
+    for number in 0..FIRST {
+        load.join(&format!("first-{number}"), 1, 1, &EMPTY)?;
+    }
+    one_edit_each(&mut load)?;
+    load.pump(IDLE_AFTER)?;
+    let before = server.anonymous_kib();
     join_all(&mut load, DOCUMENTS, 1, 1)?;
     one_edit_each(&mut load)?;
+    load.pump(IDLE_AFTER)?;
     let with_documents = server.anonymous_kib();
     let begun = Instant::now();
     for number in 0..CONNECTIONS - DOCUMENTS {
-        load.connect(number % DOCUMENTS, &EMPTY)?;
+        load.connect(FIRST + number % DOCUMENTS, &EMPTY)?;
         if number % 100 == 0 {
             load.pump_until(Duration::from_secs(5), |world| {
                 world
@@ -412,7 +417,7 @@ fn idle(kind: Kind) -> Result<Figures> {
     }
     load.everybody_synced(SYNC_LIMIT)?;
     let seconds = begun.elapsed().as_secs_f64();
-    load.pump(Duration::from_secs(2))?;
+    load.pump(IDLE_AFTER)?;
     nobody_closed(&load.world)?;
     let with_all = server.anonymous_kib();
     let connection = (with_all - with_documents) / (CONNECTIONS - DOCUMENTS) as f64;
@@ -429,9 +434,9 @@ fn idle(kind: Kind) -> Result<Figures> {
 
 /// Lets every writer type at least once, and waits until the server has nothing more to do.
 pub(crate) fn one_edit_each(load: &mut Load<'_>) -> Result<()> {
-    let writers = load.world.clients.len() as u64;
+    let edits = load.world.edits() + load.world.clients.len() as u64;
     load.type_at(0.5);
-    load.pump_until(Duration::from_secs(10), |world| writers <= world.edits())?;
+    load.pump_until(Duration::from_secs(10), |world| edits <= world.edits())?;
     settle(load)?;
     load.pump(Duration::from_secs(2))
 }

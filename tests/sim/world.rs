@@ -337,7 +337,7 @@ impl World {
                         }
                         let document = socket.document.clone();
                         let visitor = Visitor {
-                            author: String::new(),
+                            author: Box::default(),
                             access: socket.access,
                         };
                         let family = socket.family.clone();

@@ -9,12 +9,15 @@
 //! catch-up are queued behind the last position that was assigned when they were made, and leave
 //! when it is committed. While the store is away who joins is shown the last committed state.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use bytes::Bytes;
+use litemap::LiteMap;
 use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
-use yrs::{ReadTxn, StateVector, Transact, Update};
+use yrs::{ReadTxn, StateVector, Transact};
 
 use crate::ids::{ConnectionId, Epoch, Seq};
 use crate::limits::{
@@ -23,11 +26,11 @@ use crate::limits::{
     UNCOMMITTED_UPDATES_MAX,
 };
 use crate::mutants::Mutant;
-use crate::replica::Replica;
-use crate::scan::{self, Places, Summary};
+use crate::scan::{self, Summary};
 use crate::wire::relay::ToEdge;
 
 mod catch_up;
+mod content;
 mod exchange;
 mod intake;
 mod past;
@@ -37,6 +40,7 @@ mod size;
 mod tests;
 
 use catch_up::Has;
+use content::Content;
 use intake::{Intake, Taking};
 use past::{Past, Whole};
 use presence::Presence;
@@ -62,15 +66,19 @@ pub struct OpenError {
 
 /// One open document.
 pub struct Document {
-    doc: Replica,
-    places: Places,
+    /// Not there while the document rests.
+    content: OnceLock<Box<Content>>,
+    /// Since when the content was not needed, as far as it is known.
+    quiet_since: Option<Duration>,
     epoch: Epoch,
     assigned: Seq,
     committed: Seq,
     /// Last position that a stored snapshot contains.
     snapshot: Seq,
-    edges: BTreeSet<EdgeId>,
-    sockets: BTreeMap<Peer, Socket>,
+    /// One for each node that has it open.
+    edges: Vec<EdgeId>,
+    /// A tree makes room for eleven at once, and most documents have few.
+    sockets: LiteMap<Peer, Socket>,
     presence: BTreeMap<u64, Presence>,
     waiting: VecDeque<Waiting>,
     past: Past,
@@ -126,14 +134,14 @@ impl Document {
         let (from, state) =
             snapshot.map_or((before, Bytes::new()), |(seq, state)| (seq, state.clone()));
         let mut document = Self {
-            doc: Replica::new(),
-            places: Places::default(),
+            content: OnceLock::from(Box::default()),
+            quiet_since: None,
             epoch,
             assigned: last,
             committed: last,
             snapshot: snapshot.map_or(Seq(0), |(seq, _)| seq),
-            edges: BTreeSet::new(),
-            sockets: BTreeMap::new(),
+            edges: Vec::new(),
+            sockets: LiteMap::new(),
             presence: BTreeMap::new(),
             waiting: VecDeque::new(),
             past: Past::new(from, state),
@@ -184,20 +192,15 @@ impl Document {
     }
 
     fn replay(&mut self, seq: Seq, bytes: &[u8]) -> Result<Summary, OpenError> {
-        let failed = |reason: String| OpenError { seq, reason };
-        let scan = scan::scan_stored(bytes).map_err(|error| failed(error.to_string()))?;
-        self.places
-            .take(&scan)
-            .map_err(|error| failed(error.to_string()))?;
-        let update = Update::decode_v1(bytes).map_err(|error| failed(error.to_string()))?;
-        self.doc
-            .apply(&scan, update)
-            .map(|_| *scan.summary())
-            .map_err(|error| failed(error.to_string()))
+        let replayed = self.content_mut().replay(bytes);
+        replayed.map_err(|reason| OpenError { seq, reason })
     }
 
     /// Takes one input and says what is to be done.
     pub fn handle(&mut self, input: Input) -> Vec<Effect> {
+        if input.needs_content() {
+            self.quiet_since = None;
+        }
         let mut effects = match input {
             Input::Attach { edge, since } => self.attach(edge, &since),
             Input::Detach { edge } => self.detach(edge),
@@ -218,7 +221,10 @@ impl Document {
             Input::Stateless { peer, payload } => self.stateless(peer, &payload),
             Input::Awareness { peer, payload, now } => self.awareness(peer, &payload, now),
             Input::QueryAwareness { peer } => self.presence_for(peer).into_iter().collect(),
-            Input::Expire { now } => self.expire(now),
+            Input::Expire { now } => {
+                self.rest_if_quiet(now);
+                self.expire(now)
+            }
             Input::Restore { state } => self.restore(&state),
             Input::Committed { seq } => self.committed(seq),
             Input::StoreAway => self.store_away(),
@@ -325,10 +331,11 @@ impl Document {
 
     /// The whole state as a V1 update. Cost grows with the document.
     pub fn encode_state(&self) -> Bytes {
-        self.doc
-            .transact()
-            .encode_state_as_update_v1(&StateVector::default())
-            .into()
+        let txn = self.content().doc.transact();
+        let mut state = txn.encode_state_as_update_v1(&StateVector::default());
+        // It may be kept for long, and the encoder begins with room for 1 KB.
+        state.shrink_to_fit();
+        state.into()
     }
 
     /// As [`Document::encode_state`], and kept: it costs nothing until the document changes.
@@ -350,13 +357,15 @@ impl Document {
 
     /// The text of one `Y.Text`; empty when there is none.
     pub fn text(&self, name: &str) -> String {
-        let txn = self.doc.transact();
+        let txn = self.content().doc.transact();
         txn.get_text(name)
             .map_or_else(String::new, |text| yrs::GetString::get_string(&text, &txn))
     }
 
     fn attach(&mut self, edge: EdgeId, since: &[u8]) -> Vec<Effect> {
-        self.edges.insert(edge);
+        if !self.edges.contains(&edge) {
+            self.edges.push(edge);
+        }
         let message = ToEdge::Attached {
             epoch: self.epoch,
             state_vector: self.state_vector(),
@@ -365,7 +374,12 @@ impl Document {
         if !since.is_empty() {
             // A state vector that cannot be read only costs bytes: everything is sent.
             let since = StateVector::decode_v1(since).unwrap_or_default();
-            let update = self.doc.transact().encode_state_as_update_v1(&since).into();
+            let update = self
+                .content()
+                .doc
+                .transact()
+                .encode_state_as_update_v1(&since)
+                .into();
             effects.extend(self.once_committed(edge, ToEdge::CatchUp { update }));
         }
         if self.intake != Intake::Open {
@@ -376,7 +390,7 @@ impl Document {
     }
 
     fn detach(&mut self, edge: EdgeId) -> Vec<Effect> {
-        self.edges.remove(&edge);
+        self.edges.retain(|other| *other != edge);
         self.waiting.retain(|waiting| waiting.to != edge);
         let gone: Vec<Peer> = self
             .sockets
@@ -393,6 +407,9 @@ impl Document {
             unanswered: 0,
             stuck: false,
         };
+        if self.sockets.is_empty() {
+            self.sockets = LiteMap::with_capacity(1);
+        }
         self.sockets.insert(peer, socket);
         let mut effects = vec![self.ask(peer)];
         effects.extend(self.presence_for(peer));
@@ -528,7 +545,12 @@ impl Document {
     }
 
     fn state_vector(&self) -> Bytes {
-        self.doc.transact().state_vector().encode_v1().into()
+        self.content()
+            .doc
+            .transact()
+            .state_vector()
+            .encode_v1()
+            .into()
     }
 }
 

@@ -197,6 +197,11 @@ pub const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 pub const OPENING_BYTES: u64 = 64 * 1024;
 /// How long an opening waits until memory is freed; then it is refused.
 pub const MEMORY_WAIT: Duration = Duration::from_secs(2);
+/// A document whose content was not needed for this long rests: memory holds its bytes, and what the CRDT makes of them is built
+/// again when it is needed.
+pub const REST_AFTER: Duration = Duration::from_secs(20);
+/// A document of more bytes does not rest: the next edit would wait for it.
+pub const RESTING_BYTES_MAX: usize = 32 * 1024;
 /// An open document that nobody is attached to is closed after this time.
 pub const UNLOAD_AFTER: Duration = Duration::from_secs(30);
 

@@ -1,6 +1,6 @@
 //! Opening a document: its task waits to be the owner, loads it and builds it, and tells everybody when it ends.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::Arc;
@@ -11,10 +11,11 @@ use collab_core::document::{Document, EdgeId, Input, NO_CLOCKS, OpenError};
 use collab_core::ids::{DocumentId, Epoch, RoomEpoch, Slot};
 use collab_core::limits::{LARGE_STATE_BYTES, OPENING_BYTES};
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable};
+use litemap::LiteMap;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::meter::Counts;
-use super::serving::Owned;
+use super::serving::{Damage, Owned};
 use super::tally::Tally;
 use super::{AskError, Documents, EdgeSender, Missing, NO_MEMORY, ToDocument, damage};
 use crate::bus::{Bus, CachedSnapshot};
@@ -62,7 +63,8 @@ pub(super) enum End {
 }
 
 impl Host {
-    pub(super) async fn run(mut self, missing: Missing) {
+    /// Boxed: a future holds what it is given twice.
+    pub(super) async fn run(mut self: Box<Self>, missing: Missing) {
         let (documents, name) = (self.documents.clone(), self.document.clone());
         // Freed when it is done: a document is open for much longer.
         let opened = Box::pin(self.open(missing)).await;
@@ -71,11 +73,10 @@ impl Host {
                 let rescued = documents.open().rescued.remove(&name);
                 let state = rescued.map(|state| Input::Restore { state });
                 match state.and_then(|state| owned.handle(state)) {
-                    Some(end) => (end, BTreeMap::new()),
+                    Some(end) => (end, LiteMap::new()),
                     None => {
-                        owned
-                            .serve(&mut self.inputs, std::mem::take(&mut self.held))
-                            .await
+                        let Self { inputs, held, .. } = &mut *self;
+                        owned.serve(inputs, held).await
                     }
                 }
             }
@@ -84,7 +85,7 @@ impl Host {
                 if !documents.store.failovers().is_pending() {
                     documents.open().rescued.remove(&name);
                 }
-                (end, BTreeMap::new())
+                (end, LiteMap::new())
             }
         };
         self.finish(end.0, end.1);
@@ -181,7 +182,7 @@ impl Host {
         let Some(last) = parts.pop().filter(|_| is_shown) else {
             return built.await;
         };
-        let mut edges = BTreeMap::<EdgeId, EdgeSender>::new();
+        let mut edges = LiteMap::<EdgeId, EdgeSender>::new();
         let mut answered = Vec::new();
         loop {
             let message = tokio::select! {
@@ -253,7 +254,7 @@ impl Host {
             document,
             share,
             tally: Tally::default(),
-            edges: BTreeMap::new(),
+            edges: LiteMap::with_capacity(1),
             log_reply,
             log_events,
             waiting: Vec::new(),
@@ -264,7 +265,6 @@ impl Host {
             idle_since: Instant::now(),
             used_at: Instant::now(),
             unsettled_since: None,
-            opened_at: Instant::now(),
             damage: None,
         });
         owned.weigh();
@@ -312,7 +312,10 @@ impl Host {
         let good_part = self.documents.tasks.compute(good_part).await;
         let document = good_part.expect("what panics inside is caught there");
         let mut owned = self.owned(document, share, ownership, room_epoch, "store");
-        owned.damage = Some(format!("the stored document is damaged: {reason}"));
+        owned.damage = Some(Box::new(Damage {
+            reason: format!("the stored document is damaged: {reason}"),
+            found_at: Instant::now(),
+        }));
         self.documents.set_degraded(|degraded| {
             degraded.insert(self.document.clone());
         });
@@ -320,7 +323,7 @@ impl Host {
     }
 
     /// Takes the document out of the table and tells everyone who waits, those still in the queue too.
-    fn finish(mut self, end: End, mut edges: BTreeMap<EdgeId, EdgeSender>) {
+    fn finish(mut self, end: End, mut edges: LiteMap<EdgeId, EdgeSender>) {
         {
             let mut open = self.documents.open();
             if open

@@ -1,7 +1,8 @@
 //! A document that is open and owned: inputs go in turns to its state machine, and what that asks for is done.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,8 +14,9 @@ use collab_core::mutants::Mutant;
 use collab_core::scan::Summary;
 use collab_core::wire::awareness;
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable};
+use litemap::LiteMap;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, sleep};
 
 use super::meter::Counts;
 use super::opening::End;
@@ -32,6 +34,9 @@ const HEAVY_UPDATE_BYTES: usize = 64 * 1024;
 /// An input that takes longer is told in the log.
 const HEAVY_AFTER: Duration = Duration::from_secs(2);
 
+/// What is done about an input that takes its time. It takes memory only while it is there.
+type Rare<'turn> = Pin<Box<dyn Future<Output = Option<End>> + Send + 'turn>>;
+
 /// A document that is open and owned.
 pub(super) struct Owned {
     pub(super) documents: Arc<Documents>,
@@ -46,7 +51,7 @@ pub(super) struct Owned {
     /// Of the node's memory.
     pub(super) share: Share,
     pub(super) tally: Tally,
-    pub(super) edges: BTreeMap<EdgeId, EdgeSender>,
+    pub(super) edges: LiteMap<EdgeId, EdgeSender>,
     pub(super) log_reply: queue::Sender<LogEvent>,
     pub(super) log_events: queue::Receiver<LogEvent>,
     /// Answers that wait until what they show is durable.
@@ -63,9 +68,13 @@ pub(super) struct Owned {
     pub(super) used_at: Instant,
     /// When an update began to wait for the log, or the last commit if more wait.
     pub(super) unsettled_since: Option<Instant>,
-    pub(super) opened_at: Instant,
-    /// What is wrong with the stored rows; the document is read-only.
-    pub(super) damage: Option<String>,
+    pub(super) damage: Option<Box<Damage>>,
+}
+
+/// What is wrong with the stored rows; the document is read-only.
+pub(super) struct Damage {
+    pub(super) reason: String,
+    pub(super) found_at: Instant,
 }
 
 /// A snapshot that is stored.
@@ -88,16 +97,18 @@ impl Owned {
     pub(super) async fn serve(
         mut self: Box<Self>,
         inputs: &mut queue::Receiver<ToDocument>,
-        mut backlog: VecDeque<ToDocument>,
-    ) -> (End, BTreeMap<EdgeId, EdgeSender>) {
-        let mut tick = interval(TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        backlog: &mut VecDeque<ToDocument>,
+    ) -> (End, LiteMap<EdgeId, EdgeSender>) {
+        let mut tick = pin!(sleep(Duration::ZERO));
         let end = loop {
             let step = tokio::select! {
                 biased;
                 Some(event) = self.log_events.recv() => self.logged(event),
-                message = next(&mut backlog, inputs), if !self.must_settle() => {
-                    self.take_turn(message, inputs, &mut backlog).await
+                message = next(backlog, inputs), if !self.must_settle() => {
+                    match self.take_turn(message, inputs, backlog) {
+                        Ok(end) => end,
+                        Err(rare) => rare.await,
+                    }
                 }
                 stored = async { self.snapshot_running.as_mut().expect("guarded").await },
                     if self.snapshot_running.is_some() =>
@@ -108,9 +119,16 @@ impl Owned {
                     }
                     None
                 }
-                _ = tick.tick() => self.tick(inputs).await,
+                () = tick.as_mut() => {
+                    let end = self.tick(inputs).await;
+                    tick.as_mut().reset(self.next_tick());
+                    end
+                }
             };
             self.show_presence();
+            if self.is_busy() && Instant::now() + TICK < tick.deadline() {
+                tick.as_mut().reset(Instant::now() + TICK);
+            }
             if let Some(end) = step {
                 break end;
             }
@@ -120,23 +138,22 @@ impl Owned {
     }
 
     /// Takes an input and what has come after it by now: who is told of it is woken once for all.
-    async fn take_turn(
-        &mut self,
+    fn take_turn<'turn>(
+        &'turn mut self,
         first: Option<ToDocument>,
-        inputs: &mut queue::Receiver<ToDocument>,
-        backlog: &mut VecDeque<ToDocument>,
-    ) -> Option<End> {
+        inputs: &'turn mut queue::Receiver<ToDocument>,
+        backlog: &'turn mut VecDeque<ToDocument>,
+    ) -> Result<Option<End>, Rare<'turn>> {
         let Some(mut message) = first else {
-            return Some(End::Unused);
+            return Ok(Some(End::Unused));
         };
         let mut end = None;
         for count in 1.. {
             end = match message {
-                // Rare: they take memory when they come.
                 ToDocument::Freeze(settled) => {
-                    Box::pin(self.frozen(inputs, settled, backlog)).await
+                    return Err(Box::pin(self.frozen(inputs, settled, backlog)));
                 }
-                ToDocument::Delete(reply) => Box::pin(self.delete(reply)).await,
+                ToDocument::Delete(reply) => return Err(Box::pin(self.delete(reply))),
                 ToDocument::Unload => self.unload(inputs),
                 message => self.take(message),
             };
@@ -150,14 +167,14 @@ impl Owned {
         }
         // At once: until the next look many more could be opened.
         self.share.set(self.document.memory());
-        end
+        Ok(end)
     }
 
     pub(super) fn take(&mut self, message: ToDocument) -> Option<End> {
         match message {
             ToDocument::Attach(edge, sender, since) => {
                 if let Some(damage) = &self.damage {
-                    let reason = damage.clone();
+                    let reason = damage.reason.clone();
                     sender.send(ToEdge::ReadOnly { reason });
                 }
                 self.edges.insert(edge, sender);
@@ -323,7 +340,7 @@ impl Owned {
                 {
                     return;
                 }
-                for (edge, sender) in &self.edges {
+                for (edge, sender) in self.edges.iter() {
                     let except = from
                         .filter(|peer| peer.edge == *edge)
                         .map(|peer| peer.connection);
@@ -429,7 +446,7 @@ impl Owned {
             // A part that looks like the whole would be kept as such.
             let error = AskError::Unavailable {
                 document: self.name.clone(),
-                reason: damage.clone(),
+                reason: damage.reason.clone(),
             };
             let _ = reply.send(Err(error));
             return;

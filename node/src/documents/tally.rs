@@ -8,6 +8,7 @@ use crate::metrics::Metrics;
 /// The part of one document.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Tally {
+    at_rest: i64,
     memory: i64,
     clocks: i64,
     deleted_clocks: i64,
@@ -21,6 +22,7 @@ impl Tally {
         let (counted, stored) = (document.counted(), document.stored());
         let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         Self {
+            at_rest: document.is_at_rest().into(),
             memory: signed(document.memory()),
             clocks: signed(counted.clocks),
             deleted_clocks: signed(counted.deleted_clocks),
@@ -37,6 +39,7 @@ impl Tally {
             }
         };
         let old = std::mem::replace(self, new);
+        change(&metrics.documents_at_rest, old.at_rest, new.at_rest);
         change(&metrics.documents_memory, old.memory, new.memory);
         change(&metrics.documents_clocks, old.clocks, new.clocks);
         change(

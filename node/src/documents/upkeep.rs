@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use collab_core::document::Input;
@@ -16,7 +17,7 @@ use super::opening::End;
 use super::serving::{Owned, Snapshotted};
 use super::tally::Tally;
 use super::unload::Idle;
-use super::{Answer, AskError, Reply, TICK, ToDocument, snapshot};
+use super::{Answer, AskError, QUIET_TICK, Reply, TICK, ToDocument, snapshot};
 use crate::queue;
 use crate::store::{Fence, NewSnapshot};
 
@@ -89,13 +90,31 @@ impl Owned {
         None
     }
 
+    /// Something is on its way, or must be looked at soon.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.document.is_settled()
+            || self.presence_changed
+            || self.snapshot_running.is_some()
+            || self.document.snapshot_is_due()
+    }
+
+    pub(super) fn next_tick(&self) -> Instant {
+        let now = Instant::now();
+        if self.is_busy() {
+            return now + TICK;
+        }
+        let unused_at = self.idle_since + UNLOAD_AFTER;
+        if self.document.is_idle() && unused_at < now + QUIET_TICK {
+            // Not at once: it could not leave.
+            unused_at.max(now + TICK)
+        } else {
+            now + QUIET_TICK
+        }
+    }
+
     pub(super) async fn tick(&mut self, inputs: &queue::Receiver<ToDocument>) -> Option<End> {
         let now = self.documents.started.elapsed();
         let end = self.handle(Input::Expire { now });
-        let connections = u32::try_from(self.document.connections()).unwrap_or(u32::MAX);
-        self.counts
-            .connections
-            .store(connections, std::sync::atomic::Ordering::Relaxed);
         self.weigh();
         self.tell_idle();
         if std::mem::take(&mut self.presence_changed) {
@@ -104,7 +123,9 @@ impl Owned {
                 .publish_presence(&self.name, self.presence())
                 .await;
         }
-        if self.damage.is_some() && DEGRADED_RECHECK <= self.opened_at.elapsed() {
+        if let Some(damage) = &self.damage
+            && DEGRADED_RECHECK <= damage.found_at.elapsed()
+        {
             return Some(End::Reload);
         }
         if self.store_is_away() {
@@ -167,6 +188,9 @@ impl Owned {
         if self.document.is_idle() {
             self.idle_since = self.used_at;
         }
+        let connections = u32::try_from(self.document.connections()).unwrap_or(u32::MAX);
+        let counted = &self.counts.connections;
+        counted.store(connections, Ordering::Relaxed);
         self.tell_idle();
     }
 

@@ -4,39 +4,37 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A bucket of tokens that fills by itself. Who takes more than there is goes into debt and waits.
+/// A bucket of `BURST` tokens that fills by itself. Who takes more than there is goes into debt and waits.
 #[derive(Clone, Debug)]
-pub(super) struct Pace {
+pub(super) struct Pace<const PER_SECOND: u32, const BURST: u32> {
     tokens: f64,
     at: Instant,
-    per_second: f64,
-    burst: f64,
 }
 
-impl Pace {
+impl<const PER_SECOND: u32, const BURST: u32> Pace<PER_SECOND, BURST> {
     /// A full bucket.
-    pub(super) fn new(per_second: u32, burst: u32, now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self {
-            tokens: burst.into(),
+            tokens: BURST.into(),
             at: now,
-            per_second: per_second.into(),
-            burst: burst.into(),
         }
     }
 
     /// Takes tokens. `false`: there were not as many.
     pub(super) fn take(&mut self, tokens: u32, now: Instant) -> bool {
-        let filled = now.saturating_duration_since(self.at).as_secs_f64() * self.per_second;
+        let waited = now.saturating_duration_since(self.at).as_secs_f64();
+        let filled = waited * f64::from(PER_SECOND);
         // Whoever does not wait for its debt to be paid must not fall into it without end.
-        let left = (self.tokens + filled).min(self.burst) - f64::from(tokens);
-        self.tokens = left.max(-self.burst);
+        let burst = f64::from(BURST);
+        let left = (self.tokens + filled).min(burst) - f64::from(tokens);
+        self.tokens = left.max(-burst);
         self.at = self.at.max(now);
         0.0 <= self.tokens
     }
 
     /// When the debt is paid; in the past if there is none.
     pub(super) fn even_at(&self) -> Instant {
-        let debt = (-self.tokens).max(0.0) / self.per_second;
+        let debt = (-self.tokens).max(0.0) / f64::from(PER_SECOND);
         self.at + Duration::from_secs_f64(debt)
     }
 }
@@ -70,7 +68,7 @@ mod tests {
     #[test]
     fn a_burst_passes_and_what_is_beyond_it_waits() {
         let now = Instant::now();
-        let mut pace = Pace::new(10, 50, now);
+        let mut pace = Pace::<10, 50>::new(now);
         assert!((0..50).all(|_| pace.take(1, now)));
         assert_eq!(pace.even_at(), now);
         assert!(!pace.take(20, now));

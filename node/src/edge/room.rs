@@ -5,7 +5,6 @@
 //! lacks. It owns the receipts: per socket it counts the updates and keeps what each is owed until
 //! the owner says that everything up to it is durable.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use collab_core::limits::{
 use collab_core::scan;
 use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable, UpdateKind};
 use collab_core::wire::y_websocket::Message;
+use litemap::LiteMap;
 use tokio::task::yield_now;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
@@ -161,8 +161,8 @@ pub(super) struct Room {
     id: u64,
     inputs: queue::Receiver<FromSocket>,
     own_inputs: queue::WeakSender<FromSocket>,
-    /// Boxed: a tree makes room for eleven at once, and most documents have few.
-    sockets: BTreeMap<ConnectionId, Box<Socket>>,
+    /// Boxed, and no tree: that makes room for eleven at once, and most documents have few.
+    sockets: LiteMap<ConnectionId, Box<Socket>>,
     turn: Arc<Turn>,
     upstream: Option<Upstream>,
     retry_at: Instant,
@@ -175,15 +175,15 @@ pub(super) struct Room {
     recent: Recent,
     /// What every synced socket has.
     delivered: StateVector,
-    /// Edits that wait until the catch-up is here: without it they have holes before them.
-    catching_up: Option<Vec<(Option<ConnectionId>, Bytes)>>,
+    /// Boxed: it is there for a moment.
+    catching_up: Option<Box<CatchingUp>>,
     /// Why the document is not served, if it is not.
     denied: Option<String>,
     /// It was deleted, and has not begun another life.
     deleted: bool,
     /// Sockets of clients that have what was deleted. They stay denied: in another life of the document
     /// they would bring it back.
-    outlived: BTreeMap<ConnectionId, Box<Socket>>,
+    outlived: LiteMap<ConnectionId, Box<Socket>>,
     /// Why edits are refused, if they are; of the present owner, and of the one that is about to answer.
     read_only: Option<String>,
     coming_read_only: Option<String>,
@@ -200,8 +200,15 @@ struct Upstream {
     from: queue::Receiver<ToEdge>,
     owner: Uuid,
     epoch: Epoch,
-    /// The owner's state vector, which the catch-up brings every socket to.
+}
+
+/// The sockets have what an earlier owner sent them, and the present one sends what they lack.
+#[derive(Default)]
+struct CatchingUp {
+    /// The owner's, which the catch-up brings every socket to.
     state_vector: StateVector,
+    /// Edits that wait until the catch-up is here: without it they have holes before them.
+    edits: Vec<(Option<ConnectionId>, Bytes)>,
 }
 
 enum ToOwnerSender {
@@ -237,7 +244,7 @@ impl Room {
             id,
             inputs,
             own_inputs,
-            sockets: BTreeMap::new(),
+            sockets: LiteMap::with_capacity(1),
             turn: Arc::default(),
             upstream: None,
             retry_at: Instant::now(),
@@ -248,7 +255,7 @@ impl Room {
             catching_up: None,
             denied: None,
             deleted: false,
-            outlived: BTreeMap::new(),
+            outlived: LiteMap::new(),
             read_only: None,
             coming_read_only: None,
             paused: false,
@@ -325,7 +332,7 @@ impl Room {
         } else {
             Bytes::new()
         };
-        self.catching_up = synced.then(Vec::new);
+        self.catching_up = synced.then(Box::default);
         let (to, from) = if owner.incarnation == self.edge.members.incarnation() {
             let (sender, from) = queue::unbounded();
             let attachment =
@@ -355,7 +362,6 @@ impl Room {
             from,
             owner,
             epoch,
-            state_vector: StateVector::default(),
         });
     }
 
@@ -368,7 +374,7 @@ impl Room {
         self.edge.members.look_now();
         self.coming_read_only = None;
         self.paused = false;
-        for socket in self.sockets.values_mut() {
+        for socket in values_mut(&mut self.sockets) {
             socket.drop_held();
             if socket.feed == Feed::Missed {
                 socket.feed = Feed::Held;
@@ -427,20 +433,19 @@ impl Room {
                 self.served();
                 self.set_read_only();
                 let state_vector = StateVector::decode_v1(&state_vector).unwrap_or_default();
-                if self.catching_up.is_none() {
-                    self.delivered.merge(state_vector);
-                } else if let Some(upstream) = &mut self.upstream {
-                    upstream.state_vector = state_vector;
+                match &mut self.catching_up {
+                    Some(catching_up) => catching_up.state_vector = state_vector,
+                    None => self.delivered.merge(state_vector),
                 }
             }
             ToEdge::CatchUp { update } => self.caught_up(&update),
             ToEdge::FanOut { except, update } => match &mut self.catching_up {
-                Some(waiting) => waiting.push((except, update)),
+                Some(catching_up) => catching_up.edits.push((except, update)),
                 None => self.fan_out(except, update),
             },
             ToEdge::Presence { payload } => {
                 let mut shared = Shared::new(Told::Presence(&payload));
-                let following = self.sockets.values_mut();
+                let following = values_mut(&mut self.sockets);
                 for socket in following.filter(|socket| socket.feed != Feed::Behind) {
                     socket.tell_shared(&mut shared);
                 }
@@ -476,7 +481,7 @@ impl Room {
             }
             ToEdge::Pause | ToEdge::Resume => {
                 self.paused = message == ToEdge::Pause;
-                for socket in self.sockets.values_mut() {
+                for socket in values_mut(&mut self.sockets) {
                     socket.pause(self.paused);
                 }
             }
@@ -511,10 +516,10 @@ impl Room {
                 }
                 if cause == Unavailable::Deleted {
                     self.deleted = true;
-                    let has_content =
-                        |_: &ConnectionId, socket: &mut Box<Socket>| socket.has_content();
-                    self.outlived
-                        .extend(self.sockets.extract_if(.., has_content));
+                    let sockets = std::mem::take(&mut self.sockets).into_iter();
+                    let (outlived, others) = sockets.partition(|(_, socket)| socket.has_content());
+                    self.outlived.extend(outlived);
+                    self.sockets = others;
                 }
             }
         }
@@ -533,7 +538,7 @@ impl Room {
 
     /// Closes the sockets that are for this document alone: their clients come back, maybe when there is room.
     fn send_away(&mut self, reason: &str) {
-        for socket in self.sockets.values_mut() {
+        for socket in values_mut(&mut self.sockets) {
             if !matches!(socket.family, Family::Hocuspocus { .. }) {
                 socket.kick(CLOSE_TRY_AGAIN, reason);
             }
@@ -544,7 +549,7 @@ impl Room {
     fn served(&mut self) {
         self.deleted = false;
         if self.denied.take().is_some() {
-            for socket in self.sockets.values_mut() {
+            for socket in values_mut(&mut self.sockets) {
                 let access = socket.visitor.access;
                 socket.tell(Told::Granted(access));
             }
@@ -562,7 +567,7 @@ impl Room {
     fn set_read_only(&mut self) {
         let coming = self.coming_read_only.take();
         if self.read_only != coming {
-            for socket in self.sockets.values_mut() {
+            for socket in values_mut(&mut self.sockets) {
                 socket.tell_read_only(coming.as_deref());
             }
             self.read_only = coming;
@@ -571,17 +576,20 @@ impl Room {
 
     fn caught_up(&mut self, update: &Bytes) {
         let mut shared = Shared::new(Told::Update(update));
-        for socket in self.sockets.values_mut() {
+        for socket in values_mut(&mut self.sockets) {
             if socket.feed == Feed::Live {
                 socket.tell_shared(&mut shared);
             }
         }
-        if let Some(upstream) = &mut self.upstream {
-            self.delivered
-                .merge(std::mem::take(&mut upstream.state_vector));
-        }
-        for (except, update) in self.catching_up.take().unwrap_or_default() {
-            self.fan_out(except, update);
+        if let Some(catching_up) = self.catching_up.take() {
+            let CatchingUp {
+                state_vector,
+                edits,
+            } = *catching_up;
+            self.delivered.merge(state_vector);
+            for (except, update) in edits {
+                self.fan_out(except, update);
+            }
         }
     }
 
@@ -600,7 +608,7 @@ impl Room {
         }
         let mut edits = std::mem::take(&mut self.edits);
         let mut frames = Vec::with_capacity(edits.len());
-        for socket in self.sockets.values_mut() {
+        for socket in values_mut(&mut self.sockets) {
             if matches!(socket.feed, Feed::Early | Feed::Missed | Feed::Behind) {
                 continue;
             }
@@ -697,7 +705,9 @@ impl Room {
                 });
                 if self.deleted && state_vector.as_ref() != NO_CLOCKS {
                     // It was offline when the document was deleted.
-                    self.outlived.extend(self.sockets.remove_entry(&connection));
+                    let outlived = self.sockets.remove(&connection);
+                    self.outlived
+                        .extend(outlived.map(|socket| (connection, socket)));
                     return;
                 }
                 self.to_owner(ToOwner::Step1 {
@@ -850,7 +860,7 @@ impl Room {
 
     fn tell_all(&mut self, except: Option<ConnectionId>, told: Told<'_>) {
         let mut shared = Shared::new(told);
-        for (connection, socket) in &mut self.sockets {
+        for (connection, socket) in self.sockets.iter_mut() {
             if Some(*connection) != except {
                 socket.tell_shared(&mut shared);
             }
@@ -871,7 +881,7 @@ impl Room {
     }
 
     fn keep_alive(&mut self) {
-        for socket in self.sockets.values_mut().chain(self.outlived.values_mut()) {
+        for socket in values_mut(&mut self.sockets).chain(values_mut(&mut self.outlived)) {
             if KEEPALIVE_AFTER <= socket.last_out.elapsed() {
                 socket.tell(Told::Alive);
             }
@@ -880,9 +890,7 @@ impl Room {
 
     /// Sends the presence that came too fast for its like to follow at once: the newest of each socket.
     fn send_late_presence(&mut self) {
-        let late: Vec<_> = self
-            .sockets
-            .values_mut()
+        let late: Vec<_> = values_mut(&mut self.sockets)
             .filter_map(|socket| {
                 let waits = std::mem::take(&mut socket.presence_waits);
                 let payload = socket.awareness.clone().filter(|_| waits)?;
@@ -896,6 +904,10 @@ impl Room {
             });
         }
     }
+}
+
+fn values_mut<K, V>(map: &mut LiteMap<K, V>) -> impl Iterator<Item = &mut V> {
+    map.iter_mut().map(|(_, value)| value)
 }
 
 /// The next message of the owner; waits for ever without one.

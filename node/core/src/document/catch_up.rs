@@ -70,8 +70,13 @@ impl Document {
             let step2 = |update| ToEdge::CommittedStep2 { connection, update };
             effects.extend(update.map(|update| send(peer, step2(update))));
         }
-        let update =
-            last.unwrap_or_else(|| self.doc.transact().encode_state_as_update_v1(&known).into());
+        let update = last.unwrap_or_else(|| {
+            self.content()
+                .doc
+                .transact()
+                .encode_state_as_update_v1(&known)
+                .into()
+        });
         let step2 = ToEdge::Step2 { connection, update };
         if self.is_settled() {
             effects.push(send(peer, step2));

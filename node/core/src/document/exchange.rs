@@ -115,6 +115,28 @@ pub enum Input {
     StoreAway,
 }
 
+impl Input {
+    /// Whether it may be about the content of the document.
+    pub(super) const fn needs_content(&self) -> bool {
+        match self {
+            Self::Attach { .. }
+            | Self::Join { .. }
+            | Self::Step1 { .. }
+            | Self::Update { .. }
+            | Self::Compare { .. }
+            | Self::Restore { .. } => true,
+            Self::Detach { .. }
+            | Self::Leave { .. }
+            | Self::Stateless { .. }
+            | Self::Awareness { .. }
+            | Self::QueryAwareness { .. }
+            | Self::Expire { .. }
+            | Self::Committed { .. }
+            | Self::StoreAway => false,
+        }
+    }
+}
+
 /// What is to be done, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {

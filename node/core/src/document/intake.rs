@@ -158,12 +158,12 @@ impl Document {
     fn has_all_of(&self, update: &[u8]) -> Result<bool, String> {
         let refused = |error: &dyn std::error::Error| format!("update refused: {error}");
         let scan = scan::scan_update(update).map_err(|error| refused(&error))?;
-        match scan.novelty(|client| self.places.next_clock(client)) {
+        match scan.novelty(|client| self.content().places.next_clock(client)) {
             Novelty::Nothing => Ok(true),
             Novelty::New => Ok(false),
             Novelty::MaybeDeletes => {
                 let update = Update::decode_v1(update).map_err(|error| refused(&error))?;
-                let deleted = self.doc.transact().snapshot().delete_set;
+                let deleted = self.content().doc.transact().snapshot().delete_set;
                 Ok(update.delete_set().diff(&deleted).is_empty())
             }
         }
@@ -174,7 +174,7 @@ impl Document {
         if earlier.replay(state).is_none() {
             return vec![Effect::NotAdmitted { reason: "invalid" }];
         }
-        let known = self.doc.transact().state_vector();
+        let known = self.content().doc.transact().state_vector();
         let update: Bytes = earlier.transact().encode_state_as_update_v1(&known).into();
         let taking = std::mem::replace(&mut self.taking, Taking::Everything);
         let admission = self.admit(&update);
@@ -218,7 +218,7 @@ impl Document {
     fn is_known(&self, update: &[u8]) -> bool {
         let scan = scan::scan_update(update);
         scan.is_ok_and(|scan| {
-            scan.novelty(|client| self.places.next_clock(client)) == Novelty::Nothing
+            scan.novelty(|client| self.content().places.next_clock(client)) == Novelty::Nothing
         })
     }
 
@@ -236,10 +236,10 @@ impl Document {
             Ok(scan) => scan,
             Err(error) => return invalid(&error),
         };
-        if let Some(conflict) = self.places.conflict(&scan) {
+        if let Some(conflict) = self.content().places.conflict(&scan) {
             return Admission::Conflict(conflict.to_string());
         }
-        let next_clock = |client| self.places.next_clock(client);
+        let next_clock = |client| self.content().places.next_clock(client);
         if scan.missing(next_clock).is_some() {
             return Admission::Gap;
         }
@@ -254,10 +254,10 @@ impl Document {
         if is_bounded && !self.has_room_for(scan.summary(), update.len(), new_ranges) {
             return Admission::Full;
         }
-        if let Err(error) = self.places.take(&scan) {
+        if let Err(error) = self.content_mut().places.take(&scan) {
             return invalid(&error);
         }
-        match self.doc.apply(&scan, decoded) {
+        match self.content_mut().doc.apply(&scan, decoded) {
             Ok(Applied::Added) => {
                 self.size.add(scan.summary(), update.len(), new_ranges);
                 Admission::Added
@@ -277,7 +277,7 @@ impl Document {
         if ranges < MANY_DELETE_RANGES {
             return ranges;
         }
-        let deleted = self.doc.transact().snapshot().delete_set;
+        let deleted = self.content().doc.transact().snapshot().delete_set;
         let new = update.delete_set().diff(&deleted);
         new.iter().map(|(_, ranges)| ranges.len() as u64).sum()
     }
@@ -297,7 +297,7 @@ impl Document {
     /// The part of an update that may be applied, if there is any.
     fn admissible(&self, update: &[u8]) -> Option<Bytes> {
         let scan = scan::scan_update(update).ok()?;
-        let part = scan.admissible(|client| self.places.next_clock(client));
+        let part = scan.admissible(|client| self.content().places.next_clock(client));
         (part != NO_EDITS).then(|| part.into())
     }
 

@@ -22,7 +22,7 @@ pub(super) struct Whole {
     pub(super) seq: Seq,
     /// V1 update; empty for an empty document.
     pub(super) bytes: Bytes,
-    parts: Option<Parts>,
+    parts: Option<Box<Parts>>,
 }
 
 impl Whole {
@@ -37,9 +37,9 @@ impl Whole {
     /// Finds the parts of the state; done once. Costs one pass over its bytes.
     pub(super) fn parts(&mut self) -> Option<&Parts> {
         if self.parts.is_none() {
-            self.parts = Parts::of(&self.bytes);
+            self.parts = Parts::of(&self.bytes).map(Box::new);
         }
-        self.parts.as_ref()
+        self.parts.as_deref()
     }
 
     /// What somebody lacks who has what `known` says. `None` when these bytes cannot tell.
@@ -59,11 +59,11 @@ pub(super) struct Past {
     /// Durable.
     base: Whole,
     /// A newer one, which may not be durable yet.
-    ahead: Option<Whole>,
+    ahead: Option<Box<Whole>>,
     rows: VecDeque<(Seq, Bytes)>,
     rows_bytes: usize,
     /// Built from them up to a position, while somebody asks for it.
-    doc: Option<(Seq, Replica)>,
+    doc: Option<Box<(Seq, Replica)>>,
 }
 
 impl Past {
@@ -99,7 +99,7 @@ impl Past {
         if whole.seq <= committed {
             self.begin_with(whole);
         } else {
-            self.ahead = Some(whole);
+            self.ahead = Some(Box::new(whole));
         }
     }
 
@@ -107,19 +107,26 @@ impl Past {
     pub(super) fn committed(&mut self, seq: Seq) {
         self.doc = None;
         if let Some(whole) = self.ahead.take_if(|ahead| ahead.seq <= seq) {
-            self.begin_with(whole);
+            self.begin_with(*whole);
         }
     }
 
     /// The newest whole state.
     pub(super) fn newest(&mut self) -> &mut Whole {
-        self.ahead.as_mut().unwrap_or(&mut self.base)
+        self.ahead.as_deref_mut().unwrap_or(&mut self.base)
     }
 
     /// The updates after `seq`, which is not before the first state.
     pub(super) fn after(&self, seq: Seq) -> impl ExactSizeIterator<Item = &(Seq, Bytes)> {
         let first = self.rows.partition_point(|(row, _)| *row <= seq);
         self.rows.range(first..)
+    }
+
+    /// The first state, and the updates after it.
+    pub(super) fn updates(&self) -> impl Iterator<Item = &Bytes> {
+        let base = Some(&self.base.bytes).filter(|bytes| !bytes.is_empty());
+        base.into_iter()
+            .chain(self.rows.iter().map(|(_, update)| update))
     }
 
     /// Bytes of the first state and the updates after it.
@@ -135,7 +142,7 @@ impl Past {
     /// The document up to and including `seq`. Costs its whole replay the first time, then what was added.
     /// `None` when the bytes cannot be replayed, which does not happen to what was applied before.
     pub(super) fn at(&mut self, seq: Seq) -> Option<&Replica> {
-        let (from, mut doc) = match self.doc.take() {
+        let (from, mut doc) = match self.doc.take().map(|built| *built) {
             Some((from, doc)) if from <= seq => (from, doc),
             _ => {
                 let mut doc = Replica::new();
@@ -152,6 +159,6 @@ impl Past {
         {
             doc.replay(update)?;
         }
-        Some(&self.doc.insert((seq, doc)).1)
+        Some(&self.doc.insert(Box::new((seq, doc))).1)
     }
 }

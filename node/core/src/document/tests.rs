@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use yrs::{ClientID, Doc, GetString, OffsetKind, Options, Text};
+use yrs::{ClientID, Doc, GetString, OffsetKind, Options, Text, Update};
 
 use super::*;
 use crate::limits::{
@@ -8,6 +8,8 @@ use crate::limits::{
 };
 use crate::wire::awareness;
 use crate::wire::relay::UpdateKind;
+
+mod resting;
 
 const EDGE: EdgeId = EdgeId(1);
 const OTHER_EDGE: EdgeId = EdgeId(2);
@@ -788,6 +790,11 @@ impl Typist {
         let end = quill.len(&txn);
         quill.insert(&mut txn, end, text);
         txn.encode_update_v1().into()
+    }
+
+    fn has_nothing(&self) -> bool {
+        let quill = self.0.get_or_insert_text("quill");
+        quill.len(&self.0.transact()) == 0
     }
 
     fn deletes_first(&mut self) {

@@ -62,9 +62,9 @@ pub(super) struct Socket {
     pub(super) awareness: Option<Bytes>,
     pub(super) last_out: Instant,
     /// Edits of a reader that are passed over.
-    pub(super) edits_of_reader: Pace,
+    pub(super) edits_of_reader: Pace<READER_EDITS_PER_SECOND_MAX, READER_EDITS_BURST>,
     /// Bytes of presence.
-    pub(super) presence: Pace,
+    pub(super) presence: Pace<PRESENCE_BYTES_PER_SECOND_MAX, PRESENCE_BYTES_BURST>,
     /// Its newest presence came too fast, and goes out at the next look.
     pub(super) presence_waits: bool,
 }
@@ -168,8 +168,8 @@ impl Socket {
             echoes: VecDeque::new(),
             awareness: None,
             last_out: now,
-            edits_of_reader: Pace::new(READER_EDITS_PER_SECOND_MAX, READER_EDITS_BURST, now),
-            presence: Pace::new(PRESENCE_BYTES_PER_SECOND_MAX, PRESENCE_BYTES_BURST, now),
+            edits_of_reader: Pace::new(now),
+            presence: Pace::new(now),
             presence_waits: false,
         }
     }
@@ -185,7 +185,7 @@ impl Socket {
         let connection = self.connection;
         let join = ToOwner::Join {
             connection,
-            author: self.visitor.author.clone(),
+            author: self.visitor.author.to_string(),
         };
         // Who is behind asks when all that waits for it is sent.
         let step1 = self.step1.clone().filter(|_| self.feed != Feed::Behind);

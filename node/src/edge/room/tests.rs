@@ -205,7 +205,7 @@ fn a_readers_change_is_never_receipted_before_it_may_write() {
     socket.refuse_update();
     assert_eq!(sent(), [refused]);
     socket.admit(Visitor {
-        author: String::new(),
+        author: Box::default(),
         access: Access::Write,
     });
     assert!(sent().is_empty());
@@ -355,7 +355,7 @@ fn hocuspocus(access: Access) -> (Socket, Taker) {
 fn socket(family: Family, access: Access) -> (Socket, Taker) {
     let (out, queue) = Outbox::new(None);
     let visitor = Visitor {
-        author: String::new(),
+        author: Box::default(),
         access,
     };
     let line = Line {
