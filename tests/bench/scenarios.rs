@@ -379,7 +379,7 @@ fn upload(kind: Kind) -> Result<Figures> {
 }
 
 /// When a server has put away what it does not need for those who only look.
-const IDLE_AFTER: Duration = Duration::from_secs(27);
+const IDLE_AFTER: Duration = Duration::from_secs(33);
 
 fn idle(kind: Kind) -> Result<Figures> {
     const DOCUMENTS: usize = 500;

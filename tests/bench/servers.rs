@@ -174,7 +174,8 @@ impl Home {
                     "--internal-listen",
                     &internal,
                 ]);
-                command.args(["--node-name", "bench"]);
+                // As a container that is started again in its pod.
+                command.args(["--node-name", "bench", "--pod-uid", "bench"]);
             }
             Kind::Hocuspocus => {
                 command
