@@ -327,8 +327,9 @@ impl Map {
     /// The slots of an owner.
     fn owned_by(&self, owner: Uuid) -> Vec<Slot> {
         let used = self.owners.iter().filter(|row| self.is_used(row.slot));
-        let owned = used.filter(|row| row.owner == Some(owner));
-        owned.map(|row| row.slot).collect()
+        used.filter(|row| row.owner == Some(owner))
+            .map(|row| row.slot)
+            .collect()
     }
 
     /// Slots without a living owner, and since when.

@@ -72,12 +72,11 @@ impl Host {
             Ok(mut owned) => {
                 let rescued = documents.open().rescued.remove(&name);
                 let state = rescued.map(|state| Input::Restore { state });
-                match state.and_then(|state| owned.handle(state)) {
-                    Some(end) => (end, LiteMap::new()),
-                    None => {
-                        let Self { inputs, held, .. } = &mut *self;
-                        owned.serve(inputs, held).await
-                    }
+                if let Some(end) = state.and_then(|state| owned.handle(state)) {
+                    (end, LiteMap::new())
+                } else {
+                    let Self { inputs, held, .. } = &mut *self;
+                    owned.serve(inputs, held).await
                 }
             }
             Err(end) => {
