@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm};
 use jsonwebtoken::{Algorithm, DecodingKey};
+use reqwest::redirect::{Action, Attempt, Policy};
 use reqwest::{Client, Url};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -30,6 +31,8 @@ const HONOURED: Duration = Duration::from_hours(1);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// What it answers is not longer than this.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
+/// It may send its reader on as often.
+const REDIRECTS_MAX: usize = 3;
 /// Stands before the words of `scope` that are for this service.
 const SCOPES: &str = "collab:";
 
@@ -99,7 +102,9 @@ impl Issuer {
     pub fn new(config: IssuerConfig) -> Result<Arc<Self>, reqwest::Error> {
         Ok(Arc::new(Self {
             config,
-            client: Client::builder().build()?,
+            client: Client::builder()
+                .redirect(Policy::custom(redirect))
+                .build()?,
             keys: Mutex::default(),
             unknown: Notify::new(),
         }))
@@ -115,7 +120,9 @@ impl Issuer {
                     READ_EVERY
                 }
                 Err(error) => {
-                    tracing::warn!(issuer = %self.config.issuer, %error, "the keys of the issuer cannot be read");
+                    // With its causes: the first says only where.
+                    let error = format!("{:#}", anyhow::Error::from(error));
+                    tracing::warn!(issuer = %self.config.issuer, error, "the keys of the issuer cannot be read");
                     PAUSE
                 }
             };
@@ -256,6 +263,22 @@ pub fn is_safe(url: &Url) -> bool {
     url.scheme() == "https" || url.scheme() == "http" && is_here
 }
 
+/// A safe address must not lead to another.
+fn redirect(attempt: Attempt<'_>) -> Action {
+    if REDIRECTS_MAX < attempt.previous().len() {
+        attempt.error(format!(
+            "it sends its reader on more than {REDIRECTS_MAX} times"
+        ))
+    } else if is_safe(attempt.url()) {
+        attempt.follow()
+    } else {
+        let to = attempt.url().to_string();
+        attempt.error(format!(
+            "it sends its reader on to {to}, which is no address with https"
+        ))
+    }
+}
+
 /// Issuers are compared as they are written, but for a slash at the end.
 fn is_same(issuer: &str, known: &Url) -> bool {
     issuer.trim_end_matches('/') == known.as_str().trim_end_matches('/')
@@ -317,6 +340,45 @@ mod tests {
         ] {
             assert_eq!(scope_of(words), scope, "{words}");
         }
+    }
+
+    #[tokio::test]
+    async fn nobody_is_sent_on_to_where_somebody_else_could_answer() {
+        use axum::Router;
+        use axum::response::Redirect;
+        use axum::routing::get;
+
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = format!("http://{}", listener.local_addr().unwrap());
+        let answers = Router::new()
+            .route("/keys", get(async || "[1]"))
+            .route("/moved", get(async || Redirect::temporary("/keys")))
+            .route("/round", get(async || Redirect::temporary("/round")))
+            .route(
+                "/away",
+                get(async || Redirect::temporary("http://id.invalid/")),
+            );
+        let serving = tokio::spawn(async { axum::serve(listener, answers).await });
+        // The process has chosen one, or another test has.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let issuer = Issuer::new(IssuerConfig {
+            issuer: Url::parse(&at).unwrap(),
+            audience: String::new(),
+            keys: None,
+        });
+        let issuer = issuer.unwrap();
+        let read = async |path: &str| {
+            let url = Url::parse(&format!("{at}{path}")).unwrap();
+            let answer = issuer.get::<Vec<u8>>(url).await;
+            answer.map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+        };
+        assert_eq!(read("/keys").await, Ok(vec![1]));
+        assert_eq!(read("/moved").await, Ok(vec![1]));
+        let round = read("/round").await.unwrap_err();
+        assert!(round.contains("more than 3 times"), "{round}");
+        let away = read("/away").await.unwrap_err();
+        assert!(away.contains("http://id.invalid/"), "{away}");
+        serving.abort();
     }
 
     #[test]
