@@ -331,11 +331,7 @@ impl Document {
 
     /// The whole state as a V1 update. Cost grows with the document.
     pub fn encode_state(&self) -> Bytes {
-        let txn = self.content().doc.transact();
-        let mut state = txn.encode_state_as_update_v1(&StateVector::default());
-        // It may be kept for long, and the encoder begins with room for 1 KB.
-        state.shrink_to_fit();
-        state.into()
+        self.content().doc.lacking(&StateVector::default())
     }
 
     /// As [`Document::encode_state`], and kept: it costs nothing until the document changes.
@@ -374,12 +370,7 @@ impl Document {
         if !since.is_empty() {
             // A state vector that cannot be read only costs bytes: everything is sent.
             let since = StateVector::decode_v1(since).unwrap_or_default();
-            let update = self
-                .content()
-                .doc
-                .transact()
-                .encode_state_as_update_v1(&since)
-                .into();
+            let update = self.content().doc.lacking(&since);
             effects.extend(self.once_committed(edge, ToEdge::CatchUp { update }));
         }
         if self.intake != Intake::Open {

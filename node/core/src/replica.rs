@@ -9,9 +9,10 @@
 use std::mem;
 use std::ops::Deref;
 
+use bytes::Bytes;
 use yrs::error::UpdateError;
 use yrs::updates::decoder::Decode;
-use yrs::{Doc, OffsetKind, Options, Transact, Update, WriteTxn};
+use yrs::{Doc, OffsetKind, Options, ReadTxn, StateVector, Transact, Update, WriteTxn};
 
 use crate::scan::{Scan, scan_stored};
 
@@ -65,6 +66,14 @@ impl Replica {
         })
     }
 
+    /// What somebody lacks who has what `known` says, as a V1 update. Costs a walk over the document.
+    pub fn lacking(&self, known: &StateVector) -> Bytes {
+        let mut update = self.doc.transact().encode_state_as_update_v1(known);
+        // It may be kept for long, and the encoder begins with room for 1 KB.
+        update.shrink_to_fit();
+        update.into()
+    }
+
     /// Applies an update that was applied to another document before. `None`: it is not sound after all.
     pub(crate) fn replay(&mut self, update: &[u8]) -> Option<Applied> {
         let scan = scan_stored(update).ok()?;
@@ -105,7 +114,7 @@ pub fn new_doc() -> Doc {
 mod tests {
     use std::sync::Arc;
 
-    use yrs::{Map, MapPrelim, ReadTxn, StateVector};
+    use yrs::{Map, MapPrelim};
 
     use super::*;
 

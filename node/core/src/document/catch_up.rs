@@ -60,9 +60,8 @@ impl Document {
                 Some(Bytes::from_static(&NO_EDITS))
             } else {
                 self.past.at(self.committed).map(|committed| {
-                    let committed = committed.transact();
-                    let update = committed.encode_state_as_update_v1(&known).into();
-                    known.merge(committed.state_vector());
+                    let update = committed.lacking(&known);
+                    known.merge(committed.transact().state_vector());
                     update
                 })
             };
@@ -70,13 +69,7 @@ impl Document {
             let step2 = |update| ToEdge::CommittedStep2 { connection, update };
             effects.extend(update.map(|update| send(peer, step2(update))));
         }
-        let update = last.unwrap_or_else(|| {
-            self.content()
-                .doc
-                .transact()
-                .encode_state_as_update_v1(&known)
-                .into()
-        });
+        let update = last.unwrap_or_else(|| self.content().doc.lacking(&known));
         let step2 = ToEdge::Step2 { connection, update };
         if self.is_settled() {
             effects.push(send(peer, step2));
@@ -125,10 +118,10 @@ impl Document {
             };
             let update = match waiting.has.take() {
                 Some(Has::All) => Some(Bytes::from_static(&NO_EDITS)),
-                Some(Has::Known(known)) => self.past.at(self.committed).map(|committed| {
-                    let committed = committed.transact();
-                    committed.encode_state_as_update_v1(&known).into()
-                }),
+                Some(Has::Known(known)) => {
+                    let committed = self.past.at(self.committed);
+                    committed.map(|committed| committed.lacking(&known))
+                }
                 None => None,
             };
             effects.extend(update.map(|update| Effect::Send {

@@ -175,7 +175,7 @@ impl Document {
             return vec![Effect::NotAdmitted { reason: "invalid" }];
         }
         let known = self.content().doc.transact().state_vector();
-        let update: Bytes = earlier.transact().encode_state_as_update_v1(&known).into();
+        let update = earlier.lacking(&known);
         let taking = std::mem::replace(&mut self.taking, Taking::Everything);
         let admission = self.admit(&update);
         self.taking = taking;
