@@ -292,10 +292,12 @@ impl Postgres {
         limit: Duration,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<PgRow, StoreError> {
-        self.run(pool, limit, query)
-            .await?
-            .pop()
-            .ok_or_else(|| self.failed(sqlx::Error::RowNotFound))
+        self.one(self.run(pool, limit, query).await?.pop())
+    }
+
+    /// The answer of a statement that always gives one.
+    fn one(&self, row: Option<PgRow>) -> Result<PgRow, StoreError> {
+        row.ok_or_else(|| self.failed(sqlx::Error::RowNotFound))
     }
 
     /// Runs one statement that writes documents. A warning means that its rows may be on this server alone.
@@ -345,7 +347,7 @@ impl Postgres {
         &self,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<Fence, StoreError> {
-        let row = self.run_durably(query).await?.ok_or_else(no_answer)?;
+        let row = self.one(self.run_durably(query).await?)?;
         Ok(if get(&row, 0)? {
             Fence::Held
         } else {
@@ -637,7 +639,7 @@ impl Store for Postgres {
             )
             .bind(batch.iter().map(stored_author).collect::<Vec<_>>())
             .bind(setting(APPEND_LOCK_TIMEOUT));
-        let row = self.run_durably(query).await?.ok_or_else(no_answer)?;
+        let row = self.one(self.run_durably(query).await?)?;
         let held: Vec<i32> = get::<Option<_>>(&row, 0)?.unwrap_or_default();
         let documents: Vec<String> = get::<Option<_>>(&row, 1)?.unwrap_or_default();
         let seqs: Vec<i64> = get::<Option<_>>(&row, 2)?.unwrap_or_default();
@@ -756,7 +758,7 @@ impl Store for Postgres {
         .bind(ownership.incarnation)
         .bind(document.as_str())
         .bind(recreate == Recreate::Allowed);
-        let row = self.run_durably(query).await?.ok_or_else(no_answer)?;
+        let row = self.one(self.run_durably(query).await?)?;
         Ok(match (get(&row, 0)?, get::<Option<i64>>(&row, 1)?) {
             (false, _) => Created::Fenced,
             (true, None) => Created::Exists,
@@ -1679,10 +1681,6 @@ fn setting(duration: Duration) -> String {
 
 fn millis(duration: Duration) -> Result<i32, StoreError> {
     i32::try_from(duration.as_millis()).map_err(StoreError::unusable)
-}
-
-fn no_answer() -> StoreError {
-    StoreError::unusable("a statement that always answers did not")
 }
 
 /// The one byte that Postgres has no text for must not fail a batch.
