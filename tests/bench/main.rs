@@ -2,7 +2,8 @@
 //!
 //! `just bench` compares everything three times and takes medians; words choose scenarios and servers:
 //! `just bench propagate saturate collab/sqlite hocuspocus`. Server and generator have a core each. Other servers are installed by
-//! their package names. `raw` is a server without CRDT and storage: what the machine can do at all.
+//! their package names. `raw` is a server without CRDT and storage: what the machine can do at all; `raw/sqlite` and
+//! `raw/postgres` have the storage.
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 #![allow(clippy::cast_precision_loss, reason = "figures have three digits")]
@@ -37,13 +38,11 @@ fn main() -> Result<()> {
         .skip(1)
         .filter(|word| word != "--bench")
         .collect();
-    if let [command, port, state @ ..] = words.as_slice()
+    if let [command, port, state, log @ ..] = words.as_slice()
         && command == "raw-server"
     {
-        return raw::serve(
-            port.parse()?,
-            Path::new(state.first().map_or("", String::as_str)),
-        );
+        let log = log.first().map(String::as_str);
+        return raw::serve(port.parse()?, Path::new(state), log);
     }
     if words.iter().any(|word| word == "--check") {
         history::check();
@@ -123,7 +122,7 @@ fn compare(choice: &Choice) -> Result<Rounds> {
     for round in 1..=choice.rounds {
         for scenario in &choice.scenarios {
             for kind in &choice.kinds {
-                if *kind == Kind::Raw && !scenario.raw {
+                if kind.is_raw() && !scenario.raw.contains(kind) {
                     continue;
                 }
                 match (scenario.run)(*kind) {

@@ -1,17 +1,27 @@
-//! The physical limit: a WebSocket server without CRDT and without storage, one thread, one write per socket and turn.
-//! What a client sends goes to everybody in the same document, itself too; a step 1 is answered with one shared state.
+//! The physical limit: a WebSocket server without CRDT, one thread, one write per socket and turn. What a client sends goes to
+//! everybody in the same document, itself too; a step 1 is answered with one shared state.
+//!
+//! It has no storage either, unless it is given a file or a database: then every message is committed to it before its sender gets
+//! it back, which is the least that a server must do whose receipts can be trusted.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
+use std::sync::{Arc, Mutex, mpsc};
 
 use anyhow::{Context, Result};
 use collab_core::wire::varint::write_var_uint;
 use mio::net::{TcpListener, TcpStream};
-use mio::{Events, Interest, Poll, Token};
+use mio::{Events, Interest, Poll, Token, Waker};
+
+use crate::commit::Log;
 
 const LISTENER: Token = Token(usize::MAX);
+const COMMITTED: Token = Token(usize::MAX - 1);
+
+/// Whose message it is, and its frame.
+type Receipt = (usize, Vec<u8>);
 
 struct Peer {
     stream: TcpStream,
@@ -30,10 +40,17 @@ struct Server {
     /// Who has something to be written.
     dirty: Vec<usize>,
     scratch: Vec<u8>,
+    storage: Option<Storage>,
+}
+
+/// A thread that commits what was sent, all that waits at once.
+struct Storage {
+    rows: mpsc::Sender<Receipt>,
+    committed: Arc<Mutex<Vec<Receipt>>>,
 }
 
 /// Serves for ever.
-pub(crate) fn serve(port: u16, state: &Path) -> Result<()> {
+pub(crate) fn serve(port: u16, state: &Path, log: Option<&str>) -> Result<()> {
     let state = if state.as_os_str().is_empty() {
         vec![0, 0]
     } else {
@@ -42,6 +59,8 @@ pub(crate) fn serve(port: u16, state: &Path) -> Result<()> {
     let mut step2 = vec![0, 1];
     write_var_uint(&mut step2, state.len() as u64);
     step2.extend_from_slice(&state);
+    let mut poll = Poll::new()?;
+    let storage = log.map(|log| Storage::open(log, Waker::new(poll.registry(), COMMITTED)?));
     let mut server = Server {
         step2: frame(&step2),
         peers: Vec::new(),
@@ -49,8 +68,8 @@ pub(crate) fn serve(port: u16, state: &Path) -> Result<()> {
         members: Vec::new(),
         dirty: Vec::new(),
         scratch: vec![0; 256 * 1024],
+        storage: storage.transpose()?,
     };
-    let mut poll = Poll::new()?;
     let mut listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
     let registry = poll.registry();
     registry.register(&mut listener, LISTENER, Interest::READABLE)?;
@@ -66,6 +85,8 @@ pub(crate) fn serve(port: u16, state: &Path) -> Result<()> {
                     poll.registry().register(&mut stream, token, interest)?;
                     server.peers.push(Some(Peer::new(stream)));
                 }
+            } else if event.token() == COMMITTED {
+                server.give_receipts();
             } else {
                 server.turn(event.token().0);
             }
@@ -117,7 +138,7 @@ impl Server {
                     peer.output.extend_from_slice(&self.step2);
                 }
             } else if !payload.starts_with(&[0, 1]) {
-                self.broadcast(document, &frame(payload));
+                self.broadcast(document, index, frame(payload));
             }
         }
         if let Some(peer) = &mut self.peers[index] {
@@ -148,15 +169,57 @@ impl Server {
         Some(document)
     }
 
-    fn broadcast(&mut self, document: usize, framed: &[u8]) {
-        for member in &self.members[document] {
-            if let Some(peer) = &mut self.peers[*member] {
-                if peer.output.is_empty() {
-                    self.dirty.push(*member);
-                }
-                peer.output.extend_from_slice(framed);
+    fn broadcast(&mut self, document: usize, sender: usize, framed: Vec<u8>) {
+        for member in std::mem::take(&mut self.members[document]) {
+            if self.storage.is_none() || member != sender {
+                self.send(member, &framed);
             }
+            self.members[document].push(member);
         }
+        if let Some(storage) = &self.storage {
+            let _ = storage.rows.send((sender, framed));
+        }
+    }
+
+    fn give_receipts(&mut self) {
+        let Some(storage) = &self.storage else { return };
+        let committed = std::mem::take(&mut *storage.committed.lock().expect("no panic holds it"));
+        for (sender, framed) in committed {
+            self.send(sender, &framed);
+        }
+    }
+
+    fn send(&mut self, member: usize, framed: &[u8]) {
+        if let Some(peer) = &mut self.peers[member] {
+            if peer.output.is_empty() {
+                self.dirty.push(member);
+            }
+            peer.output.extend_from_slice(framed);
+        }
+    }
+}
+
+impl Storage {
+    fn open(log: &str, waker: Waker) -> Result<Self> {
+        let (rows, waiting) = mpsc::channel::<Receipt>();
+        let committed = Arc::<Mutex<Vec<Receipt>>>::default();
+        let storage = Self {
+            rows,
+            committed: Arc::clone(&committed),
+        };
+        let mut log = Log::open(log)?;
+        std::thread::spawn(move || -> Result<()> {
+            while let Ok(first) = waiting.recv() {
+                let batch: Vec<Receipt> =
+                    std::iter::once(first).chain(waiting.try_iter()).collect();
+                let rows: Vec<&[u8]> = batch.iter().map(|(_, framed)| framed.as_slice()).collect();
+                log.append(&rows)?;
+                committed.lock().expect("no panic holds it").extend(batch);
+                waker.wake()?;
+            }
+            Ok(())
+        });
+        Ok(storage)
     }
 }
 

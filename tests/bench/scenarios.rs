@@ -22,8 +22,8 @@ pub(crate) struct Scenario {
     /// What it is, in a line.
     pub(crate) about: &'static str,
     pub(crate) run: fn(Kind) -> Result<Figures>,
-    /// Whether a server without storage and memory takes part.
-    pub(crate) raw: bool,
+    /// The servers that keep no document and take part.
+    pub(crate) raw: &'static [Kind],
 }
 
 pub(crate) const SCENARIOS: [Scenario; 13] = [
@@ -31,79 +31,79 @@ pub(crate) const SCENARIOS: [Scenario; 13] = [
         name: "propagate",
         about: "20 documents × 5 clients, 2 of them type 5 times a second",
         run: propagate,
-        raw: true,
+        raw: &[Kind::Raw, Kind::RawSqlite, Kind::RawPostgres],
     },
     Scenario {
         name: "saturate",
         about: "20 documents × 10 clients, all type; the highest rate with p99 under 100 ms and nothing lost",
         run: saturate,
-        raw: true,
+        raw: &[Kind::Raw],
     },
     Scenario {
         name: "fan-out",
         about: "1 document, 1,000 clients, one types 10 times a second",
         run: fan_out,
-        raw: true,
+        raw: &[Kind::Raw],
     },
     Scenario {
         name: "join-5",
         about: "50 join a document of 4.5 MB at once",
         run: |kind| join(kind, 4_500_000),
-        raw: true,
+        raw: &[Kind::Raw],
     },
     Scenario {
         name: "join-18",
         about: "50 join a document of 18 MB at once",
         run: |kind| join(kind, 18_000_000),
-        raw: true,
+        raw: &[Kind::Raw],
     },
     Scenario {
         name: "upload",
         about: "5 MB of history in updates of 32 KB, from one client",
         run: upload,
-        raw: false,
+        raw: &[],
     },
     Scenario {
         name: "idle",
         about: "5,000 connections on 500 documents of one edit; memory without the program itself",
         run: idle,
-        raw: true,
+        raw: &[Kind::Raw],
     },
     Scenario {
         name: "leave",
         about: "10 documents of one edit, then 10,000, and all left; memory of the whole process two minutes later",
         run: scale::leave,
-        raw: false,
+        raw: &[],
     },
     Scenario {
         name: "presence",
         about: "200 clients in a document show their cursors once a second",
         run: presence,
-        raw: true,
+        raw: &[Kind::Raw],
     },
     Scenario {
         name: "kill",
         about: "kill -9 while 20 people type; start again",
         run: kill,
-        raw: false,
+        raw: &[],
     },
     Scenario {
         name: "documents",
         about: "1,000 edits a second in 10 open documents, and spread over 10,000",
         run: scale::documents,
-        raw: false,
+        raw: &[],
     },
     Scenario {
         name: "sizes",
         about: "1,000 edits a second in 4 documents of 1 KB, and of 5 MB",
         run: scale::sizes,
-        raw: false,
+        raw: &[],
     },
     Scenario {
         name: "workers",
         about: "1,000 edits a second in 20 documents × 5 clients, on one core and on two; and beside a document with 2,000 a second",
         run: scale::workers,
-        raw: false,
+        raw: &[],
     },
 ];
 
@@ -155,6 +155,7 @@ fn propagate(kind: Kind) -> Result<Figures> {
     figures.set("ack p99 ms", measured.ack.ms(0.99));
     let bare_ms = bare.times.ms(0.5);
     figures.set("bare commit p50 ms", bare_ms);
+    figures.set("bare commit p99 ms", bare.times.ms(0.99));
     figures.set("ack beyond it ms", measured.ack.ms(0.5) - bare_ms);
     if !bare.cpu.is_zero() {
         figures.set("CPU µs/bare commit", bare.cpu.as_secs_f64() * 1e6);

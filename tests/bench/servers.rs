@@ -26,6 +26,10 @@ pub(crate) const BOTH_CORES: &str = "0,1";
 pub(crate) enum Kind {
     /// No CRDT, no storage: the limit of the machine.
     Raw,
+    /// The same, and each edit is committed to a `SQLite` file before its receipt.
+    RawSqlite,
+    /// To Postgres, which shares the generator's core.
+    RawPostgres,
     /// `collab-node` on `SQLite`.
     Sqlite,
     /// `collab-node` on Postgres, which shares the generator's core.
@@ -59,8 +63,10 @@ pub(crate) enum Ack {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Raw,
+        Self::RawSqlite,
+        Self::RawPostgres,
         Self::Sqlite,
         Self::Postgres,
         Self::Hocuspocus,
@@ -71,12 +77,18 @@ impl Kind {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
+            Self::RawSqlite => "raw/sqlite",
+            Self::RawPostgres => "raw/postgres",
             Self::Sqlite => "collab/sqlite",
             Self::Postgres => "collab/postgres",
             Self::Hocuspocus => "hocuspocus",
             Self::YWebsocket => "y-websocket",
             Self::YSweet => "y-sweet",
         }
+    }
+
+    pub(crate) const fn is_raw(self) -> bool {
+        matches!(self, Self::Raw | Self::RawSqlite | Self::RawPostgres)
     }
 
     pub(crate) const fn is_ours(self) -> bool {
@@ -112,7 +124,7 @@ impl Home {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         let database = match kind {
-            Kind::Postgres => Some(database()),
+            Kind::Postgres | Kind::RawPostgres => Some(database()),
             _ => None,
         };
         Ok(Self {
@@ -126,7 +138,9 @@ impl Home {
     /// Durable commits in the store of this server alone; nothing where that is not known.
     pub(crate) fn bare_commits(&self) -> Result<Commits> {
         match (self.kind, &self.database) {
-            (Kind::Sqlite, _) => runtime().block_on(commit::on_sqlite(&self.folder)),
+            (Kind::Sqlite | Kind::RawSqlite, _) => {
+                runtime().block_on(commit::on_sqlite(&self.folder))
+            }
             (_, Some(url)) => runtime().block_on(commit::on_postgres(url)),
             _ => Ok(Commits::default()),
         }
@@ -148,11 +162,15 @@ impl Home {
         command.args(["--cpu-list", self.cores]);
         let data = self.folder.as_os_str();
         match self.kind {
-            Kind::Raw => {
+            Kind::Raw | Kind::RawSqlite | Kind::RawPostgres => {
                 command
                     .arg(std::env::current_exe()?)
                     .args(["raw-server", &port])
                     .arg(state.unwrap_or(Path::new("")));
+                if self.kind == Kind::RawSqlite {
+                    command.arg(self.folder.join("log.sqlite"));
+                }
+                command.args(&self.database);
             }
             Kind::Sqlite => {
                 command
@@ -270,7 +288,9 @@ impl Running {
         match self.kind {
             Kind::Sqlite | Kind::Postgres => format!("/ws/{document}"),
             Kind::YSweet => format!("/d/{document}/ws/{document}"),
-            Kind::Raw | Kind::YWebsocket => format!("/{document}"),
+            Kind::Raw | Kind::RawSqlite | Kind::RawPostgres | Kind::YWebsocket => {
+                format!("/{document}")
+            }
             Kind::Hocuspocus => "/".to_owned(),
         }
     }
