@@ -49,8 +49,10 @@ pub use meter::Load;
 const MEMORY_RETRY: Duration = Duration::from_millis(20);
 /// Between two looks at the clock while something is on its way: snapshots that are due, a store that does not answer.
 const TICK: Duration = Duration::from_secs(1);
-/// The same of a document in which nothing happens: presence that expires, memory that is not needed.
-const QUIET_TICK: Duration = Duration::from_secs(5);
+/// The same of a document in which nothing happens but that presence may expire.
+const PRESENCE_TICK: Duration = Duration::from_secs(5);
+/// The same where there is none: memory that is not needed any more.
+const QUIET_TICK: Duration = Duration::from_secs(25);
 
 /// Where the owner's messages for one edge go.
 #[derive(Clone, Debug)]

@@ -17,7 +17,7 @@ use super::opening::End;
 use super::serving::{Owned, Snapshotted};
 use super::tally::Tally;
 use super::unload::Idle;
-use super::{Answer, AskError, QUIET_TICK, Reply, TICK, ToDocument, snapshot};
+use super::{Answer, AskError, PRESENCE_TICK, QUIET_TICK, Reply, TICK, ToDocument, snapshot};
 use crate::queue;
 use crate::store::{Fence, NewSnapshot};
 
@@ -103,12 +103,19 @@ impl Owned {
         if self.is_busy() {
             return now + TICK;
         }
+        let is_watched = self.damage.is_some() || self.document.presence().next().is_some();
+        let later = now
+            + if is_watched {
+                PRESENCE_TICK
+            } else {
+                QUIET_TICK
+            };
         let unused_at = self.idle_since + UNLOAD_AFTER;
-        if self.document.is_idle() && unused_at < now + QUIET_TICK {
+        if self.document.is_idle() {
             // Not at once: it could not leave.
-            unused_at.max(now + TICK)
+            later.min(unused_at.max(now + TICK))
         } else {
-            now + QUIET_TICK
+            later
         }
     }
 

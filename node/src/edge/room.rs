@@ -19,7 +19,7 @@ use collab_core::wire::relay::{ToEdge, ToOwner, Unavailable, UpdateKind};
 use collab_core::wire::y_websocket::Message;
 use litemap::LiteMap;
 use tokio::task::yield_now;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 use yrs::updates::decoder::Decode;
 use yrs::updates::encoder::Encode;
@@ -48,8 +48,10 @@ const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
 const MESSAGES_PER_TURN: usize = 128;
 /// A larger edit does not wait for the end of its turn.
 const GATHERED_BYTES_MAX: usize = 4096;
-/// Between two looks for quiet sockets, and for an empty room.
+/// At least between two looks for quiet sockets; and how long a room stays that is empty.
 const TICK: Duration = Duration::from_secs(5);
+/// Presence that came too fast for its like follows after this time.
+const LATE_PRESENCE_AFTER: Duration = Duration::from_secs(1);
 
 /// What a socket brings to its room.
 #[derive(Debug)]
@@ -190,6 +192,8 @@ pub(super) struct Room {
     /// Too much waits for its commit.
     paused: bool,
     empty_since: Instant,
+    /// When to look after all that nothing but time brings.
+    look_at: Instant,
     /// The document was closed while there was no socket: it is opened again for the next.
     resting: bool,
 }
@@ -260,21 +264,27 @@ impl Room {
             coming_read_only: None,
             paused: false,
             empty_since: Instant::now(),
+            look_at: Instant::now() + TICK,
             resting: false,
         }
     }
 
     pub(super) async fn run(mut self: Box<Self>) {
         let mut map = self.edge.members.watch();
-        let mut tick = interval(TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut alarm = Box::pin(sleep_until(self.look_at));
         loop {
             self.edge.metrics.deliveries.inc_by(self.turn.end() as u64);
-            let is_wanted = self.upstream.is_none() && !self.resting;
-            if is_wanted && self.retry_at <= Instant::now() {
+            if self.wants_owner() && self.retry_at <= Instant::now() {
                 self.attach();
             }
-            let retry_at = self.retry_at;
+            let wake_at = if self.wants_owner() {
+                self.look_at.min(self.retry_at)
+            } else {
+                self.look_at
+            };
+            if alarm.deadline() != wake_at {
+                alarm.as_mut().reset(wake_at);
+            }
             tokio::select! {
                 biased;
                 message = next(&mut self.upstream) => match message {
@@ -297,18 +307,28 @@ impl Room {
                     None => return,
                 },
                 () = map.changed() => self.map_changed(),
-                () = sleep_until(retry_at), if is_wanted && self.upstream.is_none() => {}
-                _ = tick.tick() => {
-                    self.keep_alive();
-                    self.recent.clear();
-                    self.send_late_presence();
-                    let empty = self.sockets.is_empty() && self.outlived.is_empty() && TICK <= self.empty_since.elapsed();
-                    if empty && self.edge.leave_table(&self.document, self.id, &self.inputs) {
-                        return;
+                () = alarm.as_mut() => {
+                    if self.look_at <= Instant::now() {
+                        self.keep_alive();
+                        self.recent.clear();
+                        self.send_late_presence();
+                        let unused = self.is_empty() && TICK <= self.empty_since.elapsed();
+                        if unused && self.edge.leave_table(&self.document, self.id, &self.inputs) {
+                            return;
+                        }
+                        self.look_at = self.next_look();
                     }
                 }
             }
         }
+    }
+
+    fn wants_owner(&self) -> bool {
+        self.upstream.is_none() && !self.resting
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sockets.is_empty() && self.outlived.is_empty()
     }
 
     /// Opens the channel to the owner that the map shows, and brings every socket along.
@@ -368,7 +388,7 @@ impl Room {
     /// The channel is no more; what was sent on it and not receipted is in the clients, which will be asked.
     fn detach(&mut self, pause: Duration) {
         self.upstream = None;
-        self.resting = self.sockets.is_empty() && self.outlived.is_empty();
+        self.resting = self.is_empty();
         self.catching_up = None;
         self.retry_at = Instant::now() + pause;
         self.edge.members.look_now();
@@ -778,7 +798,9 @@ impl Room {
         socket.awareness = Some(Bytes::copy_from_slice(&payload));
         let bytes = u32::try_from(payload.len()).unwrap_or(u32::MAX);
         socket.presence_waits = !socket.presence.take(bytes, Instant::now());
-        if !socket.presence_waits {
+        if socket.presence_waits {
+            self.look_at = self.look_at.min(Instant::now() + LATE_PRESENCE_AFTER);
+        } else {
             self.to_owner(ToOwner::Awareness {
                 connection,
                 payload,
@@ -886,6 +908,14 @@ impl Room {
                 socket.tell(Told::Alive);
             }
         }
+    }
+
+    /// When the first socket will have been quiet for too long.
+    fn next_look(&self) -> Instant {
+        let soon = Instant::now() + TICK;
+        let sockets = self.sockets.values().chain(self.outlived.values());
+        let quiet_at = sockets.map(|socket| socket.last_out + KEEPALIVE_AFTER);
+        quiet_at.min().unwrap_or(soon).max(soon)
     }
 
     /// Sends the presence that came too fast for its like to follow at once: the newest of each socket.
