@@ -176,7 +176,7 @@ async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
     Ok(match &config.storage {
         Storage::Embedded(folder) => Arc::new(Sqlite::open(folder).await?),
         Storage::Cluster(url) => loop {
-            match Postgres::connect(url).await {
+            match Postgres::connect_as(url, config.incarnation).await {
                 Ok(store) => break Arc::new(store),
                 Err(StoreError::Unavailable(error)) => {
                     tracing::warn!(%error, "the database does not answer yet; trying again");

@@ -205,11 +205,24 @@ impl Postgres {
     /// [`StoreError::Unavailable`] when the server does not answer yet; [`StoreError::Unusable`]
     /// when the URL or the schema is not one that this version can use.
     pub async fn connect(url: &str) -> Result<Self, StoreError> {
+        Self::connect_named(url, "collab-node").await
+    }
+
+    /// Connects as [`Self::connect`] does, for a process that will [`Store::register`] as this one: its sessions need not be
+    /// opened again then.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect_as(url: &str, incarnation: Uuid) -> Result<Self, StoreError> {
+        Self::connect_named(url, &incarnation.to_string()).await
+    }
+
+    async fn connect_named(url: &str, name: &str) -> Result<Self, StoreError> {
         let options = PgConnectOptions::from_str(url)
             .map_err(|error| {
                 StoreError::Unusable(format!("the database URL is not valid: {error}"))
             })?
-            .application_name("collab-node");
+            .application_name(name);
         let sessions = Arc::new(Sessions {
             trusted_since: Mutex::new(Instant::now()),
             timeline: Mutex::default(),
@@ -268,6 +281,46 @@ impl Postgres {
                 MigrateError::Execute(error) => self.failed(error),
                 error => StoreError::Unusable(error.to_string()),
             })
+    }
+
+    /// Lets sessions carry the incarnation, so that who fences it can end them.
+    fn name_sessions(&self, incarnation: Uuid) {
+        let name = incarnation.to_string();
+        let options = self.control.connect_options();
+        if options.get_application_name() == Some(&name) {
+            return;
+        }
+        for pool in [&self.writes, &self.control, &self.reads] {
+            pool.set_connect_options((*options).clone().application_name(&name));
+        }
+        self.sessions.distrust();
+    }
+
+    /// Makes the rows that a cluster of so many slots begins with. Statement by statement, since each of them may be done twice and by
+    /// several nodes at once.
+    async fn lay_out(&self, slots: i32) -> Result<(), StoreError> {
+        loop {
+            let query = sqlx::query(
+                "select (select slots from control), (select count(*) from slot where slot < $1)",
+            )
+            .bind(slots);
+            let row = self.run_one(&self.control, CONTROL_TIMEOUT, query).await?;
+            let missing = match (get::<Option<i32>>(&row, 0)?, get::<i64>(&row, 1)?) {
+                (None, _) => "insert into control (slots) values ($1) on conflict do nothing",
+                (Some(existing), _) if existing != slots => {
+                    return Err(StoreError::Unusable(format!(
+                        "the cluster was created with {existing} slots and this node was started with {slots}; \
+                         the number of slots cannot change"
+                    )));
+                }
+                (Some(_), count) if count == i64::from(slots) => return Ok(()),
+                _ => {
+                    "insert into slot (slot) select generate_series(0, $1 - 1) on conflict do nothing"
+                }
+            };
+            let query = sqlx::query(missing).bind(slots);
+            self.run(&self.control, DATA_TIMEOUT, query).await?;
+        }
     }
 
     /// Runs one statement. A session whose statement was not seen to end is closed, never used again.
@@ -522,20 +575,16 @@ impl Sessions {
         // A timeout that the role or database may have set would cancel waits for the standby. Compiling a statement takes
         // up to a second, and none here runs for longer than some milliseconds. The rest lets the server notice within
         // seconds that this process or its host is gone.
-        sqlx::query(
-            "select set_config('synchronous_commit', 'on', false), set_config('statement_timeout', $1, false),
+        let row = sqlx::query(
+            "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on',
+               set_config('synchronous_commit', 'on', false),
+               case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
+               set_config('statement_timeout', $1, false),
                set_config('jit', 'off', false), set_config('lock_timeout', '0', false), set_config('client_connection_check_interval', '1s', false),
                set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false),
                set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10s', false)",
         )
         .bind(setting(statement_timeout))
-        .execute(&mut *connection)
-        .await?;
-        let row = sqlx::query(
-            "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on',
-               current_setting('synchronous_commit'),
-               case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end",
-        )
         .fetch_one(connection)
         .await?;
         if row.try_get(0)? {
@@ -892,34 +941,8 @@ impl Store for Postgres {
         slots: u16,
         lease: Duration,
     ) -> Result<Option<Uuid>, StoreError> {
-        // Sessions carry the incarnation, so that who fences it can end them.
-        for pool in [&self.writes, &self.control, &self.reads] {
-            let options = (*pool.connect_options()).clone();
-            pool.set_connect_options(options.application_name(&member.incarnation.to_string()));
-        }
-        self.sessions.distrust();
-
-        // Statement by statement, since each of them may be done twice and by several nodes at once.
-        let count = i32::from(slots);
-        let query = sqlx::query("insert into control (slots) values ($1) on conflict do nothing")
-            .bind(count);
-        self.run(&self.control, DATA_TIMEOUT, query).await?;
-        let query = sqlx::query("select slots from control");
-        let existing: i32 = get(
-            &self.run_one(&self.control, CONTROL_TIMEOUT, query).await?,
-            0,
-        )?;
-        if existing != count {
-            return Err(StoreError::Unusable(format!(
-                "the cluster was created with {existing} slots and this node was started with {count}; \
-                 the number of slots cannot change"
-            )));
-        }
-        let query = sqlx::query(
-            "insert into slot (slot) select generate_series(0, $1 - 1) on conflict do nothing",
-        )
-        .bind(count);
-        self.run(&self.control, DATA_TIMEOUT, query).await?;
+        self.name_sessions(member.incarnation);
+        self.lay_out(i32::from(slots)).await?;
         // A pod has one process at a time. Rows of pods that have long gone are of no use to anybody.
         let query = sqlx::query(
             "with before as (
