@@ -575,16 +575,20 @@ impl Sessions {
         // A timeout that the role or database may have set would cancel waits for the standby. Compiling a statement takes
         // up to a second, and none here runs for longer than some milliseconds. The rest lets the server notice within
         // seconds that this process or its host is gone.
-        let row = sqlx::query(
-            "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on',
-               set_config('synchronous_commit', 'on', false),
-               case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end,
-               set_config('statement_timeout', $1, false),
+        sqlx::query(
+            "select set_config('synchronous_commit', 'on', false), set_config('statement_timeout', $1, false),
                set_config('jit', 'off', false), set_config('lock_timeout', '0', false), set_config('client_connection_check_interval', '1s', false),
                set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false),
                set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10s', false)",
         )
         .bind(setting(statement_timeout))
+        .execute(&mut *connection)
+        .await?;
+        let row = sqlx::query(
+            "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on',
+               current_setting('synchronous_commit'),
+               case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end",
+        )
         .fetch_one(connection)
         .await?;
         if row.try_get(0)? {
