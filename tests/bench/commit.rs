@@ -30,11 +30,7 @@ pub(crate) struct Commits {
 /// Durable commits in a `SQLite` file of this folder.
 pub(crate) async fn on_sqlite(folder: &Path) -> Result<Commits> {
     let mut connection = sqlite(&folder.join("bare.sqlite")).await?;
-    timed(async || {
-        let row = sqlx::query(ROW).bind(&[7_u8; 100][..]);
-        row.execute(&mut connection).await.map(drop)
-    })
-    .await
+    timed(async || append::<Sqlite>(&mut connection, &[&[7; 100]]).await).await
 }
 
 /// A durable log in a `SQLite` file or a database, and no more.
@@ -118,14 +114,10 @@ async fn postgres(url: &str) -> Result<PgConnection> {
 /// Durable commits in this database.
 pub(crate) async fn on_postgres(url: &str) -> Result<Commits> {
     let mut connection = postgres(url).await?;
-    timed(async || {
-        let row = sqlx::query(ROW).bind(&[7_u8; 100][..]);
-        row.execute(&mut connection).await.map(drop)
-    })
-    .await
+    timed(async || append::<Postgres>(&mut connection, &[&[7; 100]]).await).await
 }
 
-async fn timed(mut commit: impl AsyncFnMut() -> sqlx::Result<()>) -> Result<Commits> {
+async fn timed(mut commit: impl AsyncFnMut() -> Result<()>) -> Result<Commits> {
     let mut times = Histogram::default();
     let busy = busy_time_of(std::process::id());
     for _ in 0..COMMITS {

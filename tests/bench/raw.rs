@@ -108,6 +108,13 @@ impl Peer {
             document: None,
         }
     }
+
+    /// Adds what is to be written. Answers whether it is the first.
+    fn queue(&mut self, framed: &[u8]) -> bool {
+        let first = self.output.is_empty();
+        self.output.extend_from_slice(framed);
+        first
+    }
 }
 
 impl Server {
@@ -138,7 +145,7 @@ impl Server {
                     peer.output.extend_from_slice(&self.step2);
                 }
             } else if !payload.starts_with(&[0, 1]) {
-                self.broadcast(document, index, frame(payload));
+                self.broadcast(document, index, &frame(payload));
             }
         }
         if let Some(peer) = &mut self.peers[index] {
@@ -169,15 +176,19 @@ impl Server {
         Some(document)
     }
 
-    fn broadcast(&mut self, document: usize, sender: usize, framed: Vec<u8>) {
-        for member in std::mem::take(&mut self.members[document]) {
-            if self.storage.is_none() || member != sender {
-                self.send(member, &framed);
+    fn broadcast(&mut self, document: usize, sender: usize, framed: &[u8]) {
+        for member in &self.members[document] {
+            let waits = self.storage.is_some() && *member == sender;
+            if let Some(peer) = &mut self.peers[*member]
+                && !waits
+                && peer.queue(framed)
+            {
+                self.dirty.push(*member);
             }
-            self.members[document].push(member);
         }
         if let Some(storage) = &self.storage {
-            let _ = storage.rows.send((sender, framed));
+            let row = (sender, framed.to_vec());
+            storage.rows.send(row).expect("the storage answers");
         }
     }
 
@@ -185,16 +196,11 @@ impl Server {
         let Some(storage) = &self.storage else { return };
         let committed = std::mem::take(&mut *storage.committed.lock().expect("no panic holds it"));
         for (sender, framed) in committed {
-            self.send(sender, &framed);
-        }
-    }
-
-    fn send(&mut self, member: usize, framed: &[u8]) {
-        if let Some(peer) = &mut self.peers[member] {
-            if peer.output.is_empty() {
-                self.dirty.push(member);
+            if let Some(peer) = &mut self.peers[sender]
+                && peer.queue(&framed)
+            {
+                self.dirty.push(sender);
             }
-            peer.output.extend_from_slice(framed);
         }
     }
 }
