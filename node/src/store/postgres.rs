@@ -14,9 +14,9 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -27,23 +27,22 @@ use collab_core::limits::{
     RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
 use collab_core::mutants::Mutant;
-use futures::future::{join_all, try_join};
-use sqlx::error::DatabaseError;
 use sqlx::migrate::MigrateError;
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgPool, PgPoolOptions, PgRow};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgRow};
 use sqlx::query::Query;
 use sqlx::types::Json;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 mod rows;
 mod schema;
+mod sessions;
 
 pub use schema::SCHEMA_LOCK;
+use sessions::{Pool, Session, Sessions};
 
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
@@ -52,25 +51,21 @@ use super::{
     SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow, first_epoch,
 };
 
-/// How long a call waits for a session.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After this time a call that writes or reads a document is given up.
 const DATA_TIMEOUT: Duration = Duration::from_secs(10);
 /// After this time a call about members and slots is given up.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
-/// A call that somebody stopped waiting for after this time was waiting for a server that is not there.
-const SILENT_AFTER: Duration = Duration::from_secs(1);
 /// Between two attempts to listen for changes of the map.
 const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// After so much silence the session that listens is asked whether it is still there.
 const LISTEN_CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// Sessions that append and change documents. Few: batches are large and at most two are in flight.
-const WRITE_SESSIONS: u32 = 4;
+const WRITE_SESSIONS: usize = 4;
 /// Sessions for members and slots, apart from the others so that a renewal never waits behind a load.
-const CONTROL_SESSIONS: u32 = 5;
+const CONTROL_SESSIONS: usize = 5;
 /// Sessions that read documents.
-const READ_SESSIONS: u32 = 4;
+const READ_SESSIONS: usize = 4;
 
 const MAP_CHANNEL: &str = "collab_map";
 const MEMBERS_CHANNEL: &str = "collab_members";
@@ -145,16 +140,17 @@ returning pg_notify('collab_map', '')";
 /// Postgres behind a cluster.
 #[derive(Debug)]
 pub struct Postgres {
-    writes: PgPool,
-    control: PgPool,
-    reads: PgPool,
+    writes: Pool,
+    control: Pool,
+    reads: Pool,
     sessions: Arc<Sessions>,
-    /// [`Timeline::changes`] when the whole map was last asked for.
+    /// `Timeline::changes` when the whole map was last asked for.
     map_read_at: AtomicU64,
-    /// [`Timeline::changes`] when [`Store::reclaim`] was last called.
+    /// `Timeline::changes` when [`Store::reclaim`] was last called.
     reclaimed_at: AtomicU64,
     hints: Arc<Hints>,
-    listener: JoinHandle<()>,
+    /// Listens, and opens sessions.
+    _beside: [AbortOnDropHandle<()>; 2],
 }
 
 /// What other sessions said they did.
@@ -183,21 +179,6 @@ impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Warnings {
     }
 }
 
-/// What all sessions share.
-#[derive(Debug)]
-struct Sessions {
-    /// Sessions that were opened earlier are not used any more.
-    trusted_since: Mutex<Instant>,
-    timeline: Mutex<Timeline>,
-}
-
-#[derive(Debug, Default)]
-struct Timeline {
-    /// As in the name of a WAL segment; differs after each failover.
-    name: String,
-    changes: u64,
-}
-
 impl Postgres {
     /// Connects to `url` and brings the schema up to date. Several nodes may do so at once.
     ///
@@ -223,77 +204,35 @@ impl Postgres {
                 StoreError::Unusable(format!("the database URL is not valid: {error}"))
             })?
             .application_name(name);
-        let sessions = Arc::new(Sessions {
-            trusted_since: Mutex::new(Instant::now()),
-            timeline: Mutex::default(),
-        });
-        let hints = Arc::new(Hints::default());
-        let pool = |size, statement_timeout| {
-            sessions
-                .pool(size, statement_timeout)
-                .connect_lazy_with(options.clone())
-        };
-        let control = pool(CONTROL_SESSIONS + 1, Duration::ZERO); // one listens
-        let listener = tokio::spawn(listen(control.clone(), hints.clone()));
-        let store = Self {
-            writes: pool(WRITE_SESSIONS, Duration::ZERO),
-            reads: pool(READ_SESSIONS, DATA_TIMEOUT),
-            control,
-            map_read_at: AtomicU64::default(),
-            reclaimed_at: AtomicU64::default(),
-            sessions,
-            hints,
-            listener,
-        };
-        store.migrate().await?;
-        store.open_sessions().await?;
-        Ok(store)
-    }
-
-    /// Opens all sessions for documents. To open one takes several round trips and a key derivation, and the first edits of every
-    /// document that has just moved to a new node would wait for it. A server that has not enough of them left is told in the log;
-    /// the rest are opened when there are more.
-    async fn open_sessions(&self) -> Result<(), StoreError> {
-        let open = async |pool: &PgPool, size: u32| {
-            let opened = join_all((0..size).map(|_| pool.acquire())).await;
-            let open = opened.iter().filter(|session| session.is_ok()).count();
-            match opened.into_iter().find_map(Result::err) {
-                Some(error) if open == 0 => return Err(self.failed(error)),
-                Some(error) => {
-                    tracing::warn!(open, wanted = size, %error, "the database has not enough sessions left");
-                }
-                None => {}
-            }
-            Ok(())
-        };
-        try_join(
-            open(&self.writes, WRITE_SESSIONS),
-            open(&self.reads, READ_SESSIONS),
-        )
-        .await?;
-        Ok(())
-    }
-
-    async fn migrate(&self) -> Result<(), StoreError> {
-        schema::bring_up_to_date(&self.control)
+        let sessions = Arc::new(Sessions::new(options));
+        let control = sessions.pool(CONTROL_SESSIONS, Duration::ZERO);
+        schema::bring_up_to_date(&sessions, &control)
             .await
             .map_err(|error| match error {
-                MigrateError::Execute(error) => self.failed(error),
+                MigrateError::Execute(error) => sessions.failed(error),
                 error => StoreError::Unusable(error.to_string()),
-            })
-    }
-
-    /// Lets sessions carry the incarnation, so that who fences it can end them.
-    fn name_sessions(&self, incarnation: Uuid) {
-        let name = incarnation.to_string();
-        let options = self.control.connect_options();
-        if options.get_application_name() == Some(&name) {
-            return;
-        }
-        for pool in [&self.writes, &self.control, &self.reads] {
-            pool.set_connect_options((*options).clone().application_name(&name));
-        }
-        self.sessions.distrust();
+            })?;
+        let writes = sessions.pool(WRITE_SESSIONS, Duration::ZERO);
+        let reads = sessions.pool(READ_SESSIONS, DATA_TIMEOUT);
+        let hints = Arc::new(Hints::default());
+        let (to_write, to_read) = (writes.clone(), reads.clone());
+        let beside = [
+            tokio::spawn(listen(sessions.clone(), hints.clone())),
+            tokio::spawn(async move {
+                to_write.fill().await;
+                to_read.fill().await;
+            }),
+        ];
+        Ok(Self {
+            writes,
+            control,
+            reads,
+            sessions,
+            map_read_at: AtomicU64::default(),
+            reclaimed_at: AtomicU64::default(),
+            hints,
+            _beside: beside.map(AbortOnDropHandle::new),
+        })
     }
 
     /// Makes the rows that a cluster of so many slots begins with. Statement by statement, since each of them may be done twice and by
@@ -326,7 +265,7 @@ impl Postgres {
     /// Runs one statement. A session whose statement was not seen to end is closed, never used again.
     async fn run(
         &self,
-        pool: &PgPool,
+        pool: &Pool,
         limit: Duration,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<Vec<PgRow>, StoreError> {
@@ -341,7 +280,7 @@ impl Postgres {
     /// Runs one statement that answers one row.
     async fn run_one(
         &self,
-        pool: &PgPool,
+        pool: &Pool,
         limit: Duration,
         query: Query<'_, sqlx::Postgres, PgArguments>,
     ) -> Result<PgRow, StoreError> {
@@ -408,41 +347,12 @@ impl Postgres {
         })
     }
 
-    async fn session(&self, pool: &PgPool) -> Result<Session<'_>, StoreError> {
-        let connection = pool.acquire().await.map_err(|error| self.failed(error))?;
-        Ok(Session {
-            connection,
-            sessions: &self.sessions,
-            since: Instant::now(),
-            ended: false,
-        })
+    async fn session(&self, pool: &Pool) -> Result<Session, StoreError> {
+        pool.take().await.map_err(|error| self.failed(error))
     }
 
     fn failed(&self, error: sqlx::Error) -> StoreError {
-        let code = error
-            .as_database_error()
-            .and_then(DatabaseError::code)
-            .map(Cow::into_owned);
-        let class = code.as_deref().and_then(|code| code.get(..2));
-        match (&error, class) {
-            // 22 data exception, 23 integrity constraint, 42 syntax error or access rule.
-            (_, Some("22" | "23" | "42"))
-            | (
-                sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::Encode(_),
-                _,
-            ) => StoreError::Unusable(error.to_string()),
-            // Lock not available.
-            _ if code.as_deref() == Some("55P03") => StoreError::Locked(error),
-            // 40 rolled back, 53 insufficient resources, 55 not in the state for it: the session is fine.
-            (_, Some("40" | "53" | "55")) | (sqlx::Error::PoolTimedOut, _) => {
-                StoreError::Unavailable(error)
-            }
-            _ => {
-                // The server has gone, or is another one now; the other sessions would find out one by one.
-                self.sessions.distrust();
-                StoreError::Unavailable(error)
-            }
-        }
+        self.sessions.failed(error)
     }
 
     async fn claim_once(
@@ -496,7 +406,7 @@ impl Postgres {
         wanted: Wanted,
     ) -> Result<Result<(), Term>, StoreError> {
         let mut session = self.session(&self.control).await?;
-        let first_epoch = first_epoch(&self.sessions.timeline_name());
+        let first_epoch = first_epoch(&self.sessions.timeline().name);
         let connection = session.connection();
         let change = change_pin(connection, term, document, home, wanted, first_epoch);
         let changed = within(CONTROL_TIMEOUT, change)
@@ -522,124 +432,6 @@ impl Postgres {
             "ended the database sessions of lost owners that held up a claim"
         );
         Ok(())
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        self.listener.abort();
-    }
-}
-
-impl Sessions {
-    fn pool(self: &Arc<Self>, size: u32, statement_timeout: Duration) -> PgPoolOptions {
-        let (opened, offered) = (self.clone(), self.clone());
-        PgPoolOptions::new()
-            .max_connections(size)
-            .min_connections(size)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .idle_timeout(None)
-            .test_before_acquire(false) // a round trip per statement; `trusted_since` does it
-            .after_connect(move |connection, _| {
-                let sessions = opened.clone();
-                Box::pin(async move { sessions.prepare(connection, statement_timeout).await })
-            })
-            .before_acquire(move |_, session| {
-                let trusted = session.age
-                    <= offered
-                        .trusted_since
-                        .lock()
-                        .expect("no holder panics")
-                        .elapsed();
-                Box::pin(async move { Ok(trusted) })
-            })
-    }
-
-    fn timeline_name(&self) -> String {
-        let timeline = self.timeline.lock().expect("no holder panics");
-        timeline.name.clone()
-    }
-
-    /// Lets the sessions there are be replaced before they are used again.
-    fn distrust(&self) {
-        *self.trusted_since.lock().expect("no holder panics") = Instant::now();
-    }
-
-    /// Makes a new session one that may write, and refuses a server where it cannot be.
-    async fn prepare(
-        &self,
-        connection: &mut PgConnection,
-        statement_timeout: Duration,
-    ) -> Result<(), sqlx::Error> {
-        let unusable = |reason: &str| Err(sqlx::Error::Configuration(reason.into()));
-        // A timeout that the role or database may have set would cancel waits for the standby. Compiling a statement takes
-        // up to a second, and none here runs for longer than some milliseconds. The rest lets the server notice within
-        // seconds that this process or its host is gone.
-        sqlx::query(
-            "select set_config('synchronous_commit', 'on', false), set_config('statement_timeout', $1, false),
-               set_config('jit', 'off', false), set_config('lock_timeout', '0', false), set_config('client_connection_check_interval', '1s', false),
-               set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false),
-               set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '10s', false)",
-        )
-        .bind(setting(statement_timeout))
-        .execute(&mut *connection)
-        .await?;
-        let row = sqlx::query(
-            "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on',
-               current_setting('synchronous_commit'),
-               case when not pg_is_in_recovery() then substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) end",
-        )
-        .fetch_one(connection)
-        .await?;
-        if row.try_get(0)? {
-            return unusable("this database server is not the primary");
-        }
-        if row.try_get::<&str, _>(1)? != "on" {
-            return unusable("this database server does not commit synchronously");
-        }
-        let name: String = row.try_get(2)?;
-        let mut timeline = self.timeline.lock().expect("no holder panics");
-        if timeline.name != name {
-            if !timeline.name.is_empty() {
-                tracing::warn!(
-                    before = timeline.name,
-                    now = name,
-                    "the database has failed over"
-                );
-                timeline.changes += 1;
-            }
-            timeline.name = name;
-        }
-        Ok(())
-    }
-}
-
-/// A session of a pool that goes back there only once its statement was seen to end.
-struct Session<'store> {
-    connection: PoolConnection<sqlx::Postgres>,
-    sessions: &'store Sessions,
-    since: Instant,
-    ended: bool,
-}
-
-impl Session<'_> {
-    fn connection(&mut self) -> &mut PgConnection {
-        &mut self.connection
-    }
-
-    fn ended(mut self) {
-        self.ended = true;
-    }
-}
-
-impl Drop for Session<'_> {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.connection.close_on_drop();
-            if SILENT_AFTER < self.since.elapsed() {
-                self.sessions.distrust();
-            }
-        }
     }
 }
 
@@ -945,7 +737,8 @@ impl Store for Postgres {
         slots: u16,
         lease: Duration,
     ) -> Result<Option<Uuid>, StoreError> {
-        self.name_sessions(member.incarnation);
+        // Whoever fences it can end its sessions.
+        self.sessions.name(&member.incarnation.to_string());
         self.lay_out(i32::from(slots)).await?;
         // A pod has one process at a time. Rows of pods that have long gone are of no use to anybody.
         let query = sqlx::query(
@@ -1036,7 +829,7 @@ impl Store for Postgres {
         }
         let members = rows.iter().map(member_row).collect::<Result<Vec<_>, _>>()?;
         let placement_version = rows.first().map_or(Ok(0), |row| get(row, 10))?;
-        let timeline = self.sessions.timeline_name();
+        let timeline = self.sessions.timeline().name;
         Ok(Renewal::Renewed(Renewed {
             members,
             placement_version,
@@ -1119,12 +912,7 @@ impl Store for Postgres {
     async fn map(&self, horizon: i64) -> Result<MapChange, StoreError> {
         // Transaction ids may go back in a failover, so that a horizon of the old primary would hide
         // changes on the new one.
-        let changes = self
-            .sessions
-            .timeline
-            .lock()
-            .expect("no holder panics")
-            .changes;
+        let changes = self.sessions.timeline().changes;
         let horizon = if self.map_read_at.load(Ordering::Acquire) == changes {
             horizon
         } else {
@@ -1209,7 +997,7 @@ impl Store for Postgres {
     }
 
     fn failovers(&self) -> Failovers {
-        let timeline = self.sessions.timeline.lock().expect("no holder panics");
+        let timeline = self.sessions.timeline();
         Failovers {
             seen: timeline.changes,
             reclaimed: self.reclaimed_at.load(Ordering::Acquire),
@@ -1388,7 +1176,7 @@ impl Store for Postgres {
             store: StoreReport {
                 version: get(&row, 3)?,
                 synchronous_standby: get(&row, 4)?,
-                timeline: self.sessions.timeline_name(),
+                timeline: self.sessions.timeline().name,
             },
         })
     }
@@ -1403,11 +1191,15 @@ impl Store for Postgres {
 }
 
 /// Passes notifications on for as long as the store lives. Several that come together are one.
-async fn listen(pool: PgPool, hints: Arc<Hints>) {
+async fn listen(sessions: Arc<Sessions>, hints: Arc<Hints>) {
     loop {
         let lost = async {
-            let mut listener = PgListener::connect_with(&pool).await?;
+            let mut listener = PgListener::connect_with(&sessions.driver()).await?;
+            listener.eager_reconnect(false);
             listener.listen_all([MAP_CHANNEL, MEMBERS_CHANNEL]).await?;
+            // Who knows what was missed.
+            hints.map.notify_one();
+            hints.members.notify_one();
             loop {
                 match timeout(LISTEN_CHECK_EVERY, listener.try_recv()).await {
                     Ok(notification) => match notification? {
@@ -1415,12 +1207,7 @@ async fn listen(pool: PgPool, hints: Arc<Hints>) {
                             hints.members.notify_one();
                         }
                         Some(_) => hints.map.notify_one(),
-                        None => {
-                            // The session was lost and is there again: who knows what was missed.
-                            tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
-                            hints.map.notify_one();
-                            hints.members.notify_one();
-                        }
+                        None => return Ok(()),
                     },
                     Err(_) => {
                         within(CONTROL_TIMEOUT, listener.execute("select")).await?;

@@ -23,7 +23,7 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
     SqliteSynchronous,
 };
-use sqlx::{QueryBuilder, Row, Sqlite as Database, SqliteConnection, Transaction};
+use sqlx::{Connection, QueryBuilder, Row, Sqlite as Database, SqliteConnection, Transaction};
 use tokio::task::AbortHandle;
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -53,7 +53,8 @@ const CHECKPOINT_PAGES_MAX: &str = "16000";
 /// A SQLite file behind one embedded node.
 #[derive(Debug)]
 pub struct Sqlite {
-    writer: SqlitePool,
+    /// Not in a pool, which would ask it after each statement whether it still answers.
+    writer: tokio::sync::Mutex<SqliteConnection>,
     /// Moves what was appended to its place, and writes what is durable together with what comes after it.
     beside: SqlitePool,
     readers: SqlitePool,
@@ -87,15 +88,14 @@ impl Sqlite {
                 .idle_timeout(None)
                 .max_lifetime(None)
         };
-        let writer = pool(1)
-            .connect_with(options.clone())
+        let mut writer = SqliteConnection::connect_with(&options)
             .await
             .map_err(failed)?;
         // A newer version may have been here: what it added does not disturb this one.
         let mut migrations = sqlx::migrate!("migrations/sqlite");
         migrations.set_ignore_missing(true);
         migrations
-            .run(&writer)
+            .run(&mut writer)
             .await
             .map_err(|error| StoreError::Unusable(error.to_string()))?;
         let appended = Arc::new(AtomicBool::new(false));
@@ -107,7 +107,7 @@ impl Sqlite {
         let readers = u32::try_from(cores).map_or(READERS_MAX, |cores| cores.min(READERS_MAX));
         let readers = pool(readers).connect_lazy_with(options.read_only(true));
         Ok(Self {
-            writer,
+            writer: tokio::sync::Mutex::new(writer),
             beside,
             readers,
             member: Mutex::new(None),
@@ -149,40 +149,40 @@ impl Sqlite {
                cross join document d on d.id = r.document and not d.deleted and d.base_seq < r.seq
              where true on conflict (document, seq) do nothing",
         );
-        let done = insert.build().execute(&self.writer).await.map_err(failed)?;
+        let mut writer = self.writer.lock().await;
+        let done = insert.build().execute(&mut *writer).await;
+        let done = done.map_err(failed)?;
         // Nearly always it was all, and to be told of each row would cost as much as to write it.
         let count = done.rows_affected();
         if count == batch.len() as u64 {
             let key = |append: &Append| (append.document.clone(), append.seq);
             return Ok(batch.iter().map(key).collect());
         }
-        self.inserted(done.last_insert_rowid(), count).await
-    }
-
-    /// The keys of the last rows: nobody else inserts, and each row gets the next number.
-    async fn inserted(&self, last: i64, count: u64) -> Result<Vec<(DocumentId, Seq)>, StoreError> {
-        let rows = sqlx::query(
-            "select document, seq from update_log where rowid > ?1 - ?2 and rowid <= ?1 order by rowid",
-        )
-        .bind(last)
-        .bind(i64::try_from(count).unwrap_or(i64::MAX))
-        .fetch_all(&self.writer)
-        .await
-        .map_err(failed)?;
-        rows.iter()
-            .map(|row| Ok((document_id(get(row, 0)?)?, Seq(get(row, 1)?))))
-            .collect()
+        inserted(&mut writer, done.last_insert_rowid(), count).await
     }
 
     async fn holds(&self, ownership: Ownership) -> Result<bool, StoreError> {
-        let mut connection = self.writer.acquire().await.map_err(failed)?;
-        holds(&mut connection, ownership).await
+        holds(&mut *self.writer.lock().await, ownership).await
     }
+}
 
-    /// Begins a transaction that writes.
-    async fn write(&self) -> Result<Transaction<'static, Database>, StoreError> {
-        begin(&self.writer).await
-    }
+/// The keys of the last rows: nobody else inserts, and each row gets the next number.
+async fn inserted(
+    writer: &mut SqliteConnection,
+    last: i64,
+    count: u64,
+) -> Result<Vec<(DocumentId, Seq)>, StoreError> {
+    let rows = sqlx::query(
+        "select document, seq from update_log where rowid > ?1 - ?2 and rowid <= ?1 order by rowid",
+    )
+    .bind(last)
+    .bind(i64::try_from(count).unwrap_or(i64::MAX))
+    .fetch_all(writer)
+    .await
+    .map_err(failed)?;
+    rows.iter()
+        .map(|row| Ok((document_id(get(row, 0)?)?, Seq(get(row, 1)?))))
+        .collect()
 }
 
 impl Drop for Sqlite {
@@ -191,8 +191,10 @@ impl Drop for Sqlite {
     }
 }
 
-async fn begin(pool: &SqlitePool) -> Result<Transaction<'static, Database>, StoreError> {
-    pool.begin_with("begin immediate").await.map_err(failed)
+/// Begins a transaction that writes.
+async fn begin(writer: &mut SqliteConnection) -> Result<Transaction<'_, Database>, StoreError> {
+    let begun = writer.begin_with("begin immediate").await;
+    begun.map_err(failed)
 }
 
 /// Moves what was appended to its place in the file, beside those who append: nobody waits for it.
@@ -311,7 +313,8 @@ impl Store for Sqlite {
         ownership: Ownership,
         recreate: Recreate,
     ) -> Result<Created, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if !holds(&mut write, ownership).await? {
             return Ok(Created::Fenced);
         }
@@ -343,7 +346,8 @@ impl Store for Sqlite {
         ownership: Ownership,
         last: Seq,
     ) -> Result<Fence, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if !holds(&mut write, ownership).await? {
             return Ok(Fence::Fenced);
         }
@@ -365,7 +369,8 @@ impl Store for Sqlite {
     }
 
     async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if !holds(&mut write, snapshot.ownership).await? {
             return Ok(Fence::Fenced);
         }
@@ -379,7 +384,8 @@ impl Store for Sqlite {
         document: &DocumentId,
         ownership: Ownership,
     ) -> Result<Fence, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if !holds(&mut write, ownership).await? {
             return Ok(Fence::Fenced);
         }
@@ -453,7 +459,8 @@ impl Store for Sqlite {
         slots: u16,
         lease: Duration,
     ) -> Result<Option<Uuid>, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         sqlx::query("insert into control (slots) values (?) on conflict do nothing")
             .bind(slots)
             .execute(&mut *write)
@@ -615,7 +622,8 @@ impl Store for Sqlite {
         let numbers = serde_json::to_string(slots).map_err(StoreError::unusable)?;
         // Nobody waits for the disk: what stands under these epochs comes after them in the write-ahead log, and is
         // durable only with them.
-        let mut write = begin(&self.beside).await?;
+        let mut beside = self.beside.acquire().await.map_err(failed)?;
+        let mut write = begin(&mut beside).await?;
         sqlx::query("update control set revision = revision + 1")
             .execute(&mut *write)
             .await
@@ -683,7 +691,8 @@ impl Store for Sqlite {
         document: &DocumentId,
         home: Slot,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
         }
@@ -712,7 +721,8 @@ impl Store for Sqlite {
         document: &DocumentId,
         home: Slot,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
         }
@@ -742,7 +752,7 @@ impl Store for Sqlite {
         let term =
             sqlx::query_scalar("update control set term = term + 1, holder = ? returning term")
                 .bind(holder)
-                .fetch_one(&self.writer)
+                .fetch_one(&mut *self.writer.lock().await)
                 .await
                 .map_err(failed)?;
         Ok(Term(term))
@@ -753,7 +763,8 @@ impl Store for Sqlite {
         term: Term,
         slots: &[NodeId],
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
         }
@@ -774,7 +785,8 @@ impl Store for Sqlite {
         node: &NodeId,
         drain: bool,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
         }
@@ -791,7 +803,8 @@ impl Store for Sqlite {
     }
 
     async fn fence(&self, term: Term, _incarnation: Uuid) -> Result<Result<(), Term>, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         let granted = grant(&mut write, term).await?;
         write.commit().await.map_err(failed)?;
         Ok(granted) // there is nobody who would take its slots
@@ -802,7 +815,8 @@ impl Store for Sqlite {
         term: Term,
         zones: &BTreeMap<NodeId, String>,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
         }

@@ -41,7 +41,7 @@ async fn a_claim_ends_the_sessions_that_hold_it_up() {
 #[tokio::test]
 async fn a_node_joins_a_database_that_has_few_sessions_left() {
     /// Of one node.
-    const SESSIONS: i64 = 14;
+    const SESSIONS: i64 = 10;
     let server = Server::start().await;
     let bench = Bench::postgres_at(server.url()).await;
     let node = bench.owner().await;

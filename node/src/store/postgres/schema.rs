@@ -1,17 +1,18 @@
 //! The schema of the database, brought up to date by one node at a time.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, PgConnection};
 use tokio::time::{sleep, timeout};
 
+use super::sessions::{Pool, Sessions};
 use super::{CONTROL_TIMEOUT, gave_up, within};
 
 /// The advisory lock of whoever changes the schema: "schema" in ASCII. It belongs to a session, and ends with it.
 pub const SCHEMA_LOCK: i64 = 0x73_63_68_65_6d_61;
 
-const UNDEFINED_TABLE: &str = "42P01";
 const TRY_EVERY: Duration = Duration::from_millis(100);
 /// Between two words to the log about the wait.
 const SAY_EVERY: Duration = Duration::from_secs(5);
@@ -20,13 +21,19 @@ const PATIENCE: Duration = Duration::from_mins(30);
 
 /// Waits until no other node changes the schema, then does what is left to do. A newer node may have been here: what it
 /// added does not disturb this one.
-pub(super) async fn bring_up_to_date(pool: &PgPool) -> Result<(), MigrateError> {
+pub(super) async fn bring_up_to_date(
+    sessions: &Arc<Sessions>,
+    pool: &Pool,
+) -> Result<(), MigrateError> {
     let mut migrations = sqlx::migrate!("migrations/postgres");
-    if is_up_to_date(pool, &migrations).await? {
+    let mut session = pool.take().await?;
+    let up_to_date = is_up_to_date(session.connection(), &migrations);
+    if within(CONTROL_TIMEOUT, up_to_date).await? {
+        session.ended();
         return Ok(());
     }
     // Out of the pool: however this ends, the session does too, and the lock with it.
-    let mut session = pool.acquire().await?.detach();
+    let mut session = session.detach();
     let begun = Instant::now();
     let mut said = begun;
     while !is_locked_by(&mut session).await? {
@@ -40,7 +47,7 @@ pub(super) async fn bring_up_to_date(pool: &PgPool) -> Result<(), MigrateError> 
         sleep(TRY_EVERY).await;
     }
     migrations.set_ignore_missing(true).set_locking(false);
-    timeout(PATIENCE, migrations.run(pool))
+    timeout(PATIENCE, migrations.run(&sessions.driver()))
         .await
         .unwrap_or_else(|_| Err(gave_up().into()))?;
     // It is done, whatever the server makes of the farewell.
@@ -49,16 +56,18 @@ pub(super) async fn bring_up_to_date(pool: &PgPool) -> Result<(), MigrateError> 
 }
 
 /// Whether everything is done, so that there is no need for the lock.
-async fn is_up_to_date(pool: &PgPool, migrations: &Migrator) -> Result<bool, sqlx::Error> {
+async fn is_up_to_date(
+    session: &mut PgConnection,
+    migrations: &Migrator,
+) -> Result<bool, sqlx::Error> {
+    let begun = sqlx::query_scalar("select to_regclass('_sqlx_migrations') is not null");
+    if !begun.fetch_one(&mut *session).await? {
+        return Ok(false);
+    }
     let done = sqlx::query_as::<_, (i64, Vec<u8>)>(
         "select version, checksum from _sqlx_migrations where success",
     );
-    let done = match within(CONTROL_TIMEOUT, done.fetch_all(pool)).await {
-        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(UNDEFINED_TABLE) => {
-            return Ok(false);
-        }
-        done => done?,
-    };
+    let done = done.fetch_all(session).await?;
     Ok(migrations.iter().all(|migration| {
         done.iter().any(|(version, checksum)| {
             *version == migration.version && *checksum == *migration.checksum

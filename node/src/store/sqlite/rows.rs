@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use collab_core::ids::{DocumentId, RoomEpoch, Seq};
 
-use super::{Sqlite, cut, document_id, failed, get, holds, put_snapshot};
+use super::{Sqlite, begin, cut, document_id, failed, get, holds, put_snapshot};
 use crate::store::rows::{Rows, StoredRows, log_row, snapshot_row};
 use crate::store::{Fence, NewSnapshot, StoreError};
 
@@ -61,7 +61,8 @@ impl Rows for Sqlite {
     }
 
     async fn replace(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
-        let mut write = self.write().await?;
+        let mut writer = self.writer.lock().await;
+        let mut write = begin(&mut writer).await?;
         if !holds(&mut write, snapshot.ownership).await? {
             return Ok(Fence::Fenced);
         }
