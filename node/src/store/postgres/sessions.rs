@@ -216,20 +216,22 @@ impl Pool {
     }
 
     /// Opens all of its sessions. To open one takes several round trips and a key derivation, and the first edits of every
-    /// document that has just moved to a new node would wait for it.
+    /// document that has just moved to a new node would wait for it. It waits for no server: others want what it has open.
     pub(super) async fn fill(&self) {
         let wanted = self.0.status().max_size;
         let mut open = Vec::with_capacity(wanted);
         while open.len() < wanted {
-            match self.take().await {
-                Ok(session) => open.push(session),
-                Err(error) => {
-                    tracing::warn!(open = open.len(), wanted, %error, "the database has not enough sessions left; the rest are opened when they are wanted");
-                    break;
+            let error = match timeout(ACQUIRE_TIMEOUT, self.0.get()).await {
+                Ok(Ok(session)) => {
+                    open.push(session);
+                    continue;
                 }
-            }
+                Ok(Err(error)) => error.to_string(),
+                Err(elapsed) => elapsed.to_string(),
+            };
+            tracing::warn!(open = open.len(), wanted, %error, "the database has not enough sessions left; the rest are opened when they are wanted");
+            return;
         }
-        open.into_iter().for_each(Session::ended);
     }
 }
 
