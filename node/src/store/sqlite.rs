@@ -6,7 +6,6 @@
 //! memory, and its lease never ends.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, TryLockError};
 use std::num::NonZero;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,8 +27,10 @@ use tokio::task::AbortHandle;
 use tokio::time::sleep;
 use uuid::Uuid;
 
+mod folder;
 mod rows;
 
+use self::folder::FolderLock;
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
@@ -63,7 +64,7 @@ pub struct Sqlite {
     appended: Arc<AtomicBool>,
     checkpoints: AbortHandle,
     /// Held for as long as the store lives.
-    _lock: File,
+    _lock: FolderLock,
 }
 
 impl Sqlite {
@@ -72,7 +73,7 @@ impl Sqlite {
     /// # Errors
     /// [`StoreError::Unusable`] when the folder cannot be used, or another process uses it.
     pub async fn open(folder: &Path) -> Result<Self, StoreError> {
-        let lock = lock(folder)?;
+        let lock = FolderLock::take(folder)?;
         let options = SqliteConnectOptions::new()
             .filename(folder.join("collab.sqlite"))
             .create_if_missing(true)
@@ -207,26 +208,6 @@ async fn checkpoint(connection: SqlitePool, appended: Arc<AtomicBool>) {
                 tracing::warn!(%error, "the write-ahead log was not moved to its file");
             }
         }
-    }
-}
-
-fn lock(folder: &Path) -> Result<File, StoreError> {
-    let path = folder.join("collab.lock");
-    let cannot = |error: std::io::Error| {
-        StoreError::Unusable(format!(
-            "cannot use the data folder {}: {error}",
-            folder.display()
-        ))
-    };
-    std::fs::create_dir_all(folder).map_err(cannot)?;
-    let file = File::create(&path).map_err(cannot)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StoreError::Unusable(format!(
-            "the data folder {} is in use by another collab-node; stop that one, or give this one its own folder",
-            folder.display()
-        ))),
-        Err(TryLockError::Error(error)) => Err(cannot(error)),
     }
 }
 
