@@ -21,7 +21,9 @@ use bytes::{Buf, Bytes};
 use futures::{Sink, Stream};
 use hyper::upgrade::{OnUpgrade, Parts as UpgradedParts};
 use hyper_util::rt::TokioIo;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::io::poll_read_buf;
@@ -259,10 +261,13 @@ impl Direct for Writer {
             for frame in frames {
                 sent.push(Kind::Binary, frame);
             }
+            // The runtime's record of what the socket would take stays where it lies, out of the cache: the system knows.
+            let stream: &TcpStream = (*stream).as_ref();
+            let stream = SockRef::from(stream);
             let written = write(sent, |slices| {
                 Poll::Ready(match slices {
-                    [slice] => stream.try_write(slice),
-                    slices => stream.try_write_vectored(slices),
+                    [slice] => stream.send(slice),
+                    slices => stream.send_vectored(slices),
                 })
             });
             // If it was not, the socket's task learns why.

@@ -86,23 +86,9 @@ impl Outbox {
 
     /// Adds a frame for the socket's task. A socket that is gone leaves by itself.
     pub(super) fn put(&self, frame: Bytes) {
-        self.add([frame]);
-        wake(self.lock());
-    }
-
-    /// Adds frames, all at once, to be [flushed](Self::flush). Answers whether they are the first since.
-    fn add(&self, frames: impl IntoIterator<Item = Bytes>) -> bool {
         let mut inner = self.lock();
-        if inner.closed {
-            return false;
-        }
-        let before = inner.frames.len();
-        inner.frames.extend(frames);
-        let added = &inner.frames[before..];
-        let (count, bytes) = (added.len(), added.iter().map(Bytes::len).sum::<usize>());
-        inner.unsent.0 += count;
-        inner.unsent.1 += bytes;
-        before == 0 && 0 < count
+        inner.add([frame]);
+        wake(inner);
     }
 
     /// Sends what was added, or has the socket's task do it. Answers how many frames were sent.
@@ -147,8 +133,7 @@ impl Outbox {
 
     /// So much waits that the socket gets the difference instead.
     pub(super) fn is_full(&self) -> bool {
-        let (frames, bytes) = self.lock().unsent;
-        SOCKET_QUEUE_FRAMES_MAX <= frames || SOCKET_QUEUE_BYTES_MAX <= bytes
+        self.lock().is_full()
     }
 
     /// Tells a room once all that waits is sent.
@@ -212,6 +197,25 @@ impl Taker {
 }
 
 impl Inner {
+    /// Adds frames, all at once, to be [flushed](Outbox::flush). Answers whether they are the first since.
+    fn add(&mut self, frames: impl IntoIterator<Item = Bytes>) -> bool {
+        if self.closed {
+            return false;
+        }
+        let before = self.frames.len();
+        self.frames.extend(frames);
+        let added = &self.frames[before..];
+        let (count, bytes) = (added.len(), added.iter().map(Bytes::len).sum::<usize>());
+        self.unsent.0 += count;
+        self.unsent.1 += bytes;
+        before == 0 && 0 < count
+    }
+
+    fn is_full(&self) -> bool {
+        let (frames, bytes) = self.unsent;
+        SOCKET_QUEUE_FRAMES_MAX <= frames || SOCKET_QUEUE_BYTES_MAX <= bytes
+    }
+
     fn tell_who_awaits(&mut self) {
         if self.unsent.0 == 0 {
             for (room, connection) in self.awaited.drain(..) {
@@ -228,9 +232,25 @@ pub(super) struct Turn(Mutex<Vec<Arc<Outbox>>>);
 impl Turn {
     /// Adds frames for a socket.
     pub(super) fn add(&self, outbox: &Arc<Outbox>, frames: impl IntoIterator<Item = Bytes>) {
-        if outbox.add(frames) {
+        if outbox.lock().add(frames) {
             self.lock().push(outbox.clone());
         }
+    }
+
+    /// Adds frames for a socket, unless it is [full](Outbox::is_full). Answers whether it was not.
+    pub(super) fn offer(
+        &self,
+        outbox: &Arc<Outbox>,
+        frames: impl IntoIterator<Item = Bytes>,
+    ) -> bool {
+        let mut inner = outbox.lock();
+        if inner.is_full() {
+            return false;
+        }
+        if inner.add(frames) {
+            self.lock().push(outbox.clone());
+        }
+        true
     }
 
     /// Ends the turn. Answers how many frames were sent.
@@ -301,14 +321,16 @@ mod tests {
     async fn frames_that_are_put_together_are_counted_and_taken_together() {
         let (outbox, queue) = Outbox::new(None);
         let mut batch = Vec::new();
-        assert!(!outbox.add([]));
+        assert!(!outbox.lock().add([]));
         assert!(queue.take(&mut batch).now_or_never().is_none());
-        assert!(outbox.add(["one".into()]));
-        assert!(!outbox.add(["two".into(), "three".into()]));
+        assert!(outbox.lock().add(["one".into()]));
+        assert!(!outbox.lock().add(["two".into(), "three".into()]));
         assert!(matches!(queue.take(&mut batch).await, Taken::Frames(3, 11)));
         assert_eq!(batch, ["one", "two", "three"]);
         drop(queue);
-        outbox.add([Bytes::from(vec![0; SOCKET_QUEUE_BYTES_MAX])]);
+        outbox
+            .lock()
+            .add([Bytes::from(vec![0; SOCKET_QUEUE_BYTES_MAX])]);
         assert!(!outbox.is_full(), "nobody takes it");
     }
 

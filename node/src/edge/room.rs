@@ -628,6 +628,7 @@ impl Room {
         }
         let mut edits = std::mem::take(&mut self.edits);
         let mut frames = Vec::with_capacity(edits.len());
+        let now = Instant::now();
         for socket in values_mut(&mut self.sockets) {
             if matches!(socket.feed, Feed::Early | Feed::Missed | Feed::Behind) {
                 continue;
@@ -644,12 +645,9 @@ impl Room {
                 for frame in frames.drain(..) {
                     socket.hold(frame);
                 }
-            } else if socket.line.out.is_full() {
-                frames.clear();
+            } else if !socket.offer(frames.drain(..), now) {
                 self.edge.metrics.sockets_behind.inc();
                 socket.fall_behind(&self.delivered, &self.own_inputs);
-            } else {
-                socket.put_all(frames.drain(..));
             }
         }
         for edit in edits {

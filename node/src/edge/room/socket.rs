@@ -225,6 +225,15 @@ impl Socket {
         self.turn.add(&self.line.out, frames);
     }
 
+    /// Sends frames, unless so many wait that it gets the difference instead. Answers whether it does.
+    pub(super) fn offer(&mut self, frames: impl IntoIterator<Item = Bytes>, now: Instant) -> bool {
+        let taken = self.turn.offer(&self.line.out, frames);
+        if taken {
+            self.last_out = now;
+        }
+        taken
+    }
+
     /// Sends a part of what comes before a step 2.
     pub(super) fn begin_sync(&mut self, update: &Bytes, recent: &mut Recent) {
         // Who is behind asks again.
