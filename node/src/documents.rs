@@ -20,6 +20,7 @@ use collab_core::wire::relay::{Channel, ToEdge, ToOwner};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::beats::Beats;
 use crate::bus::Bus;
 use crate::log::Log;
 use crate::members::Members;
@@ -178,6 +179,7 @@ pub struct Documents {
     preloads: Preloads,
     next_id: AtomicU64,
     started: Instant,
+    beats: Beats,
 }
 
 #[derive(Default)]
@@ -231,6 +233,7 @@ impl Documents {
             preloads: Preloads::default(),
             next_id: AtomicU64::new(1),
             started: Instant::now(),
+            beats: Beats::begin(),
         })
     }
 

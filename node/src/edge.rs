@@ -24,6 +24,7 @@ use rand::{Rng, SeedableRng};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
+use crate::beats::Beats;
 use crate::documents::Documents;
 use crate::members::Members;
 use crate::metrics::Metrics;
@@ -86,6 +87,7 @@ pub struct Edge {
     rooms: Mutex<BTreeMap<DocumentId, RoomEntry>>,
     sockets: Mutex<BTreeMap<ConnectionId, oneshot::Sender<Close>>>,
     next_id: AtomicU64,
+    beats: Beats,
 }
 
 struct RoomEntry {
@@ -185,6 +187,7 @@ impl Edge {
             rooms: Mutex::default(),
             sockets: Mutex::default(),
             next_id: AtomicU64::new(1),
+            beats: Beats::begin(),
         })
     }
 

@@ -5,6 +5,7 @@
 pub mod admin;
 pub mod api;
 pub mod auth;
+mod beats;
 pub mod bus;
 pub mod config;
 pub mod doctor;

@@ -121,13 +121,16 @@ impl Owned {
                 }
                 () = tick.as_mut() => {
                     let end = self.tick(inputs).await;
-                    tick.as_mut().reset(self.next_tick());
+                    tick.as_mut().reset(self.documents.beats.after(self.next_tick()));
                     end
                 }
             };
             self.show_presence();
-            if self.is_busy() && Instant::now() + TICK < tick.deadline() {
-                tick.as_mut().reset(Instant::now() + TICK);
+            if self.is_busy() {
+                let soon = self.documents.beats.after(Instant::now() + TICK);
+                if soon < tick.deadline() {
+                    tick.as_mut().reset(soon);
+                }
             }
             if let Some(end) = step {
                 break end;

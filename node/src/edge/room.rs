@@ -241,6 +241,7 @@ impl Room {
         own_inputs: queue::WeakSender<FromSocket>,
     ) -> Self {
         let slot = edge.members.slot_of(&document);
+        let look_at = edge.beats.after(Instant::now() + TICK);
         Self {
             edge,
             document,
@@ -264,7 +265,7 @@ impl Room {
             coming_read_only: None,
             paused: false,
             empty_since: Instant::now(),
-            look_at: Instant::now() + TICK,
+            look_at,
             resting: false,
         }
     }
@@ -913,7 +914,8 @@ impl Room {
         let soon = Instant::now() + TICK;
         let sockets = self.sockets.values().chain(self.outlived.values());
         let quiet_at = sockets.map(|socket| socket.last_out + KEEPALIVE_AFTER);
-        quiet_at.min().unwrap_or(soon).max(soon)
+        let next = quiet_at.min().unwrap_or(soon).max(soon);
+        self.edge.beats.after(next)
     }
 
     /// Sends the presence that came too fast for its like to follow at once: the newest of each socket.
