@@ -25,9 +25,9 @@ impl Beats {
     pub(crate) fn after(self, time: Instant) -> Instant {
         let passed = time.saturating_duration_since(self.first).as_nanos();
         let over = u64::try_from(passed % BEAT.as_nanos()).unwrap_or_default();
-        match over {
-            0 => time,
-            over => time + (BEAT - Duration::from_nanos(over)),
+        match Duration::from_nanos(over) {
+            Duration::ZERO => time,
+            over => time + BEAT.saturating_sub(over),
         }
     }
 }
@@ -49,7 +49,7 @@ mod tests {
         ] {
             assert_eq!(beats.after(at(micros)), at(beat), "{micros} µs");
         }
-        tokio::time::advance(Duration::from_secs(3_600)).await;
+        tokio::time::advance(Duration::from_hours(1)).await;
         let late = beats.after(Instant::now() + Duration::from_micros(1));
         assert_eq!(late, at(3_600_020_000));
     }
