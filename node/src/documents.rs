@@ -20,7 +20,7 @@ use collab_core::wire::relay::{Channel, ToEdge, ToOwner};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::beats::Beats;
+use crate::beats::beat_after;
 use crate::bus::Bus;
 use crate::log::Log;
 use crate::members::Members;
@@ -179,7 +179,6 @@ pub struct Documents {
     preloads: Preloads,
     next_id: AtomicU64,
     started: Instant,
-    beats: Beats,
 }
 
 #[derive(Default)]
@@ -233,8 +232,12 @@ impl Documents {
             preloads: Preloads::default(),
             next_id: AtomicU64::new(1),
             started: Instant::now(),
-            beats: Beats::begin(),
         })
+    }
+
+    /// When documents and their rooms are looked at that are due at this time.
+    pub(crate) fn beat_after(&self, time: Instant) -> Instant {
+        beat_after(self.started, time)
     }
 
     /// Opens a channel from an edge to a document, which is opened if it is not. What the document says

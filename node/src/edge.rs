@@ -24,7 +24,6 @@ use rand::{Rng, SeedableRng};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
-use crate::beats::Beats;
 use crate::documents::Documents;
 use crate::members::Members;
 use crate::metrics::Metrics;
@@ -87,7 +86,6 @@ pub struct Edge {
     rooms: Mutex<BTreeMap<DocumentId, RoomEntry>>,
     sockets: Mutex<BTreeMap<ConnectionId, oneshot::Sender<Close>>>,
     next_id: AtomicU64,
-    beats: Beats,
 }
 
 struct RoomEntry {
@@ -187,7 +185,6 @@ impl Edge {
             rooms: Mutex::default(),
             sockets: Mutex::default(),
             next_id: AtomicU64::new(1),
-            beats: Beats::begin(),
         })
     }
 

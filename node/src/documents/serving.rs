@@ -121,13 +121,13 @@ impl Owned {
                 }
                 () = tick.as_mut() => {
                     let end = self.tick(inputs).await;
-                    tick.as_mut().reset(self.documents.beats.after(self.next_tick()));
+                    tick.as_mut().reset(self.documents.beat_after(self.next_tick()));
                     end
                 }
             };
             self.show_presence();
             if self.is_busy() {
-                let soon = self.documents.beats.after(Instant::now() + TICK);
+                let soon = self.documents.beat_after(Instant::now() + TICK);
                 if soon < tick.deadline() {
                     tick.as_mut().reset(soon);
                 }

@@ -241,7 +241,7 @@ impl Room {
         own_inputs: queue::WeakSender<FromSocket>,
     ) -> Self {
         let slot = edge.members.slot_of(&document);
-        let look_at = edge.beats.after(Instant::now() + TICK);
+        let look_at = edge.documents.beat_after(Instant::now() + TICK);
         Self {
             edge,
             document,
@@ -915,7 +915,7 @@ impl Room {
         let sockets = self.sockets.values().chain(self.outlived.values());
         let quiet_at = sockets.map(|socket| socket.last_out + KEEPALIVE_AFTER);
         let next = quiet_at.min().unwrap_or(soon).max(soon);
-        self.edge.beats.after(next)
+        self.edge.documents.beat_after(next)
     }
 
     /// Sends the presence that came too fast for its like to follow at once: the newest of each socket.
