@@ -192,20 +192,38 @@ impl<'cluster> Collab<'cluster> {
     /// Ends the processes of all nodes at once, so that what comes back was read from the store.
     pub(crate) async fn restart_all(&self) -> Result<()> {
         let pods = self.pods().await?;
-        let mut arguments = vec!["delete", "pod", "--timeout=60s", "--grace-period=5"];
+        let mut old = Vec::with_capacity(pods.len());
+        for pod in &pods {
+            old.push(self.uid(pod).await?);
+        }
+        // Not with kubectl's own wait: a pod that its set makes again at once under the same name can slip past it.
+        let mut arguments = vec!["delete", "pod", "--wait=false", "--grace-period=5"];
         arguments.extend(pods.iter().map(String::as_str));
         self.namespace.kubectl(&arguments).await?;
-        for pod in &pods {
+        for (pod, old) in pods.iter().zip(&old) {
             self.namespace
-                .until("the pod is back", Duration::from_mins(1), || async {
-                    self.namespace.get(&["pod", pod]).await
-                })
+                .until(
+                    "another pod in its place",
+                    Duration::from_mins(1),
+                    || async {
+                        let uid = self.uid(pod).await?;
+                        ensure!(uid != *old, "{pod} is still the old one, {uid}");
+                        Ok(())
+                    },
+                )
                 .await?;
             self.namespace
                 .wait(&format!("pod/{pod}"), "Ready", Duration::from_mins(1))
                 .await?;
         }
         Ok(())
+    }
+
+    /// What tells a pod from another of the same name.
+    async fn uid(&self, pod: &str) -> Result<String> {
+        let found = self.namespace.get(&["pod", pod]).await?;
+        let uid = found["metadata"]["uid"].as_str();
+        Ok(uid.context("a pod without a uid")?.to_owned())
     }
 }
 
