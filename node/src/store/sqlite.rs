@@ -24,9 +24,9 @@ use sqlx::sqlite::{
 };
 use sqlx::{Connection, QueryBuilder, Row, Sqlite as Database, SqliteConnection, Transaction};
 use tokio::task::AbortHandle;
-use tokio::time::sleep;
 use uuid::Uuid;
 
+mod checkpoint;
 mod folder;
 mod rows;
 
@@ -46,10 +46,6 @@ const INSERT_ROWS_MAX: usize = 1_000;
 const INSERT_PLACES: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, INSERT_ROWS_MAX];
 /// Pages of the file that each connection keeps, as SQLite wants it: negative, in KiB. The system has the file in memory, too.
 const CACHE_SIZE: &str = "-512";
-/// Between two times that what was appended is moved from the write-ahead log to its place in the file.
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
-/// A write-ahead log of as many pages is moved by whoever appends: nobody else comes to it.
-const CHECKPOINT_PAGES_MAX: &str = "16000";
 
 /// A SQLite file behind one embedded node.
 #[derive(Debug)]
@@ -79,7 +75,7 @@ impl Sqlite {
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
-            .pragma("wal_autocheckpoint", CHECKPOINT_PAGES_MAX)
+            .pragma("wal_autocheckpoint", checkpoint::PAGES_MAX)
             .pragma("cache_size", CACHE_SIZE);
         let pool = |size| {
             SqlitePoolOptions::new()
@@ -102,7 +98,7 @@ impl Sqlite {
         let appended = Arc::new(AtomicBool::new(false));
         let beside = options.clone().synchronous(SqliteSynchronous::Normal);
         let beside = pool(1).connect_lazy_with(beside);
-        let checkpoints = checkpoint(beside.clone(), appended.clone());
+        let checkpoints = checkpoint::keep_moving(beside.clone(), appended.clone());
         let checkpoints = tokio::spawn(checkpoints).abort_handle();
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let readers = u32::try_from(cores).map_or(READERS_MAX, |cores| cores.min(READERS_MAX));
@@ -196,19 +192,6 @@ impl Drop for Sqlite {
 async fn begin(writer: &mut SqliteConnection) -> Result<Transaction<'_, Database>, StoreError> {
     let begun = writer.begin_with("begin immediate").await;
     begun.map_err(failed)
-}
-
-/// Moves what was appended to its place in the file, beside those who append: nobody waits for it.
-async fn checkpoint(connection: SqlitePool, appended: Arc<AtomicBool>) {
-    loop {
-        sleep(CHECKPOINT_EVERY).await;
-        if appended.swap(false, Ordering::Relaxed) {
-            let done = sqlx::query("pragma wal_checkpoint(passive)").execute(&connection);
-            if let Err(error) = done.await {
-                tracing::warn!(%error, "the write-ahead log was not moved to its file");
-            }
-        }
-    }
 }
 
 #[async_trait]
