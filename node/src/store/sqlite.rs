@@ -51,7 +51,7 @@ const CACHE_SIZE: &str = "-512";
 #[derive(Debug)]
 pub struct Sqlite {
     /// Not in a pool, which would ask it after each statement whether it still answers.
-    writer: tokio::sync::Mutex<SqliteConnection>,
+    writer: Arc<tokio::sync::Mutex<SqliteConnection>>,
     /// Moves what was appended to its place, and writes what is durable together with what comes after it.
     beside: SqlitePool,
     readers: SqlitePool,
@@ -98,13 +98,14 @@ impl Sqlite {
         let appended = Arc::new(AtomicBool::new(false));
         let beside = options.clone().synchronous(SqliteSynchronous::Normal);
         let beside = pool(1).connect_lazy_with(beside);
-        let checkpoints = checkpoint::keep_moving(beside.clone(), appended.clone());
+        let writer = Arc::new(tokio::sync::Mutex::new(writer));
+        let checkpoints = checkpoint::keep_moving(beside.clone(), writer.clone(), appended.clone());
         let checkpoints = tokio::spawn(checkpoints).abort_handle();
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let readers = u32::try_from(cores).map_or(READERS_MAX, |cores| cores.min(READERS_MAX));
         let readers = pool(readers).connect_lazy_with(options.read_only(true));
         Ok(Self {
-            writer: tokio::sync::Mutex::new(writer),
+            writer,
             beside,
             readers,
             member: Mutex::new(None),
