@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Poll, Waker};
+use std::task::{Context, Poll, Waker};
 
 use tokio::task::coop::cooperative;
 
@@ -63,6 +63,18 @@ pub fn unbounded<T>() -> (Sender<T>, Receiver<T>) {
 impl<T> Shared<T> {
     fn lock(&self) -> MutexGuard<'_, Inner<T>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is no message: has the task woken by the next, unless none will come.
+    fn wait(&self, inner: &mut Inner<T>, context: &Context<'_>) -> Poll<()> {
+        if inner.closed || self.senders.load(Ordering::Acquire) == 0 {
+            return Poll::Ready(());
+        }
+        let known = inner.waker.as_ref();
+        if !known.is_some_and(|waker| waker.will_wake(context.waker())) {
+            inner.waker = Some(context.waker().clone());
+        }
+        Poll::Pending
     }
 }
 
@@ -147,14 +159,19 @@ impl<T> Receiver<T> {
             if let Some(message) = inner.take() {
                 return Poll::Ready(Some(message));
             }
-            if inner.closed || self.0.senders.load(Ordering::Acquire) == 0 {
-                return Poll::Ready(None);
+            self.0.wait(&mut inner, context).map(|()| None)
+        }))
+        .await
+    }
+
+    /// Waits until there is a message, and leaves it there; `false` once there is none and none will come.
+    pub async fn ready(&mut self) -> bool {
+        cooperative(poll_fn(|context| {
+            let mut inner = self.0.lock();
+            if !inner.messages.is_empty() {
+                return Poll::Ready(true);
             }
-            let known = inner.waker.as_ref();
-            if !known.is_some_and(|waker| waker.will_wake(context.waker())) {
-                inner.waker = Some(context.waker().clone());
-            }
-            Poll::Pending
+            self.0.wait(&mut inner, context).map(|()| false)
         }))
         .await
     }
@@ -210,6 +227,7 @@ mod tests {
     async fn messages_come_in_order_and_who_waits_is_woken() {
         let (sender, mut receiver) = unbounded();
         assert!(receiver.recv().now_or_never().is_none());
+        assert!(receiver.ready().now_or_never().is_none());
         let other = sender.clone();
         let all = tokio::spawn(async move {
             let mut all = Vec::new();
@@ -234,11 +252,12 @@ mod tests {
         let weak = sender.downgrade();
         weak.upgrade().unwrap().send(1).unwrap();
         drop(sender);
-        assert!(weak.upgrade().is_none());
+        assert!(weak.upgrade().is_none() && receiver.ready().await);
         assert_eq!(
             (receiver.recv().await, receiver.recv().await),
             (Some(1), None)
         );
+        assert!(!receiver.ready().await);
 
         let (sender, mut receiver) = unbounded();
         sender.send(1).unwrap();

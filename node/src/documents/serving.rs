@@ -494,8 +494,8 @@ async fn next(
     backlog: &mut VecDeque<ToDocument>,
     inputs: &mut queue::Receiver<ToDocument>,
 ) -> Option<ToDocument> {
-    match backlog.pop_front() {
-        Some(held) => Some(held),
-        None => inputs.recv().await,
+    if let Some(held) = backlog.pop_front() {
+        return Some(held);
     }
+    inputs.recv().await
 }

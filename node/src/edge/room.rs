@@ -180,15 +180,15 @@ pub(super) struct Room {
     /// Boxed: it is there for a moment.
     catching_up: Option<Box<CatchingUp>>,
     /// Why the document is not served, if it is not.
-    denied: Option<String>,
+    denied: Option<Box<str>>,
     /// It was deleted, and has not begun another life.
     deleted: bool,
     /// Sockets of clients that have what was deleted. They stay denied: in another life of the document
     /// they would bring it back.
     outlived: LiteMap<ConnectionId, Box<Socket>>,
     /// Why edits are refused, if they are; of the present owner, and of the one that is about to answer.
-    read_only: Option<String>,
-    coming_read_only: Option<String>,
+    read_only: Option<Box<str>>,
+    coming_read_only: Option<Box<str>>,
     /// Too much waits for its commit.
     paused: bool,
     empty_since: Instant,
@@ -286,42 +286,59 @@ impl Room {
             if alarm.deadline() != wake_at {
                 alarm.as_mut().reset(wake_at);
             }
-            tokio::select! {
+            let sockets_say = tokio::select! {
                 biased;
-                message = next(&mut self.upstream) => match message {
-                    Some(message) => {
-                        self.owner_says(message);
-                        self.owner_goes_on();
-                    }
-                    None => self.detach(RETRY),
-                },
-                input = self.inputs.recv() => match input {
-                    Some(input) => {
-                        // The other sockets read first: what they bring goes with this.
-                        yield_now().await;
-                        self.socket_says(input);
-                        for _ in 1..MESSAGES_PER_TURN {
-                            let Ok(input) = self.inputs.try_recv() else { break };
-                            self.socket_says(input);
+                message = next(&mut self.upstream) => {
+                    match message {
+                        Some(message) => {
+                            self.owner_says(message);
+                            self.owner_goes_on();
                         }
+                        None => self.detach(RETRY),
                     }
-                    None => return,
-                },
-                () = map.changed() => self.map_changed(),
+                    false
+                }
+                is_open = self.inputs.ready() => {
+                    if !is_open {
+                        return;
+                    }
+                    true
+                }
+                () = map.changed() => {
+                    self.map_changed();
+                    false
+                }
                 () = alarm.as_mut() => {
-                    if self.look_at <= Instant::now() {
-                        self.keep_alive();
-                        self.recent.clear();
-                        self.send_late_presence();
-                        let unused = self.is_empty() && TICK <= self.empty_since.elapsed();
-                        if unused && self.edge.leave_table(&self.document, self.id, &self.inputs) {
-                            return;
-                        }
-                        self.look_at = self.next_look();
+                    if self.look_at <= Instant::now() && self.look() {
+                        return;
                     }
+                    false
+                }
+            };
+            if sockets_say {
+                // The other sockets read first: what they bring goes with this.
+                yield_now().await;
+                for _ in 0..MESSAGES_PER_TURN {
+                    let Ok(input) = self.inputs.try_recv() else {
+                        break;
+                    };
+                    self.socket_says(input);
                 }
             }
         }
+    }
+
+    /// Does what nothing but time brings. Answers whether nobody needs the room any more.
+    fn look(&mut self) -> bool {
+        self.keep_alive();
+        self.recent.clear();
+        self.send_late_presence();
+        let unused = self.is_empty() && TICK <= self.empty_since.elapsed();
+        if unused && self.edge.leave_table(&self.document, self.id, &self.inputs) {
+            return true;
+        }
+        self.look_at = self.next_look();
+        false
     }
 
     fn wants_owner(&self) -> bool {
@@ -506,7 +523,7 @@ impl Room {
                     socket.pause(self.paused);
                 }
             }
-            ToEdge::ReadOnly { reason } => self.coming_read_only = Some(reason),
+            ToEdge::ReadOnly { reason } => self.coming_read_only = Some(reason.into()),
             ToEdge::Receipt { connection, upto } => {
                 let ack_seconds = self.edge.metrics.ack_seconds.clone();
                 self.with(connection, |socket| socket.receipted(upto, &ack_seconds));
@@ -549,11 +566,11 @@ impl Room {
     /// Tells clients that they may not have the document, and keeps their sockets: a stock client
     /// would come back at once after any close.
     fn deny(&mut self, reason: String) {
-        if self.denied.as_ref() == Some(&reason) {
+        if self.denied.as_deref() == Some(reason.as_str()) {
             return;
         }
         self.tell_all(None, Told::Denied(&reason));
-        self.denied = Some(reason);
+        self.denied = Some(reason.into());
         self.delivered = StateVector::default();
     }
 

@@ -63,6 +63,8 @@ impl Document {
             // One state takes less memory than the updates that made it, and is built of faster.
             self.whole_state();
             self.content.take();
+            self.past.shrink();
+            self.uncommitted.shrink_to_fit();
         }
     }
 }

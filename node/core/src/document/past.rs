@@ -134,6 +134,11 @@ impl Past {
         self.base.bytes.len() + self.rows_bytes
     }
 
+    /// Gives back what it took for updates to come.
+    pub(super) fn shrink(&mut self) {
+        self.rows.shrink_to_fit();
+    }
+
     /// The updates have become so many that a new state takes less memory.
     pub(super) fn is_long(&self) -> bool {
         PAST_BYTES_MIN.max(2 * self.base.bytes.len()) < self.rows_bytes

@@ -511,6 +511,10 @@ impl Socket {
                 Receipt::Silent => None,
             });
         }
+        if self.owed.is_empty() {
+            // Most of the time a client types nothing.
+            (self.owed, self.echoes) = Default::default();
+        }
         if !frames.is_empty() {
             self.put_all(frames);
         }
