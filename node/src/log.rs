@@ -417,7 +417,7 @@ mod tests {
 
     use super::*;
     use crate::store::memory::Database;
-    use crate::store::{Claim, Recreate, Registration};
+    use crate::store::{Recreate, Registration};
 
     #[test]
     fn a_batch_keeps_the_order_and_leaves_slots_in_flight_alone() {
@@ -509,11 +509,10 @@ mod tests {
         while !members.lease_held() {
             sleep(Duration::from_millis(1)).await;
         }
-        let slot = Slot(1);
-        let taken = store.claim(me, &[slot], Claim::Orphaned).await.unwrap();
+        let owned = store.map(0).await.unwrap().slots;
         let document = DocumentId::new("a").unwrap();
         let mut append = queued(("a", 1, 1)).append;
-        append.ownership.epoch = taken[0].1;
+        append.ownership.epoch = owned[1].epoch;
         append.ownership.incarnation = me;
         let created = store.create(&document, append.ownership, Recreate::Refused);
         created.await.unwrap();

@@ -359,7 +359,7 @@ impl Map {
                     .get(&me)
                     .is_some_and(|known| known.member.state == MemberState::Active)
         });
-        if candidates.is_empty() {
+        if candidates.values().all(|candidate| *candidate == me) {
             return Vec::new();
         }
         let quarantined = self.quarantined(now);
@@ -639,6 +639,11 @@ impl Members {
                     // Whoever was fenced while it lived goes on without slots.
                     let is_first = registration.incarnation == self.registration.incarnation;
                     *self.predecessor() = before.filter(|_| is_first);
+                    if self.alone {
+                        // Whoever owns a slot is an earlier run: there is no need to look first.
+                        let slots: Vec<Slot> = (0..self.slots).map(Slot).collect();
+                        self.claim(&slots, Claim::Orphaned).await;
+                    }
                     self.renewed(begun);
                     self.look_now();
                     tracing::info!(node = %registration.node, incarnation = %registration.incarnation, "registered as a member");

@@ -1,7 +1,7 @@
 //! Router, listeners, graceful stop.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -194,8 +194,8 @@ fn public(app: &Arc<App>, with_health: bool, origins: Origins) -> Router {
         .route("/ws/{*document}", get(y_websocket))
         .route("/hocuspocus", get(hocuspocus))
         .route("/d/{document}/ws/{again}", get(y_sweet))
-        .merge(api::router())
-        .merge(page::router());
+        .merge(page::router())
+        .fallback_service(api_when_asked(app.clone()));
     let router = if with_health {
         router.merge(admin::health())
     } else {
@@ -210,6 +210,16 @@ fn public(app: &Arc<App>, with_health: bool, origins: Origins) -> Router {
         .layer(same_page)
         .layer(nosniff)
         .with_state(app.clone())
+}
+
+/// The API, made for the first who asks: with its description that takes a tenth of what a node needs to start, and
+/// after a crash sockets wait for it.
+fn api_when_asked(app: Arc<App>) -> Router {
+    let api = Arc::new(LazyLock::new(move || api::router().with_state(app)));
+    Router::new().fallback(move |request: Request| {
+        let router = Router::clone(&api);
+        router.oneshot(request)
+    })
 }
 
 #[derive(Debug, Deserialize)]

@@ -6,7 +6,6 @@
 //! memory, and its lease never ends.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::num::NonZero;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,20 +16,24 @@ use bytes::Bytes;
 use collab_core::control::{LoadSample, MemberState, StoreReport};
 use collab_core::ids::{DocumentId, Epoch, NodeId, RoomEpoch, Seq, Slot, Term};
 use collab_core::limits::SNAPSHOTS_KEPT;
+use serde::Deserialize;
 use sqlx::error::DatabaseError;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
     SqliteSynchronous,
 };
 use sqlx::{Connection, QueryBuilder, Row, Sqlite as Database, SqliteConnection, Transaction};
+use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
 
 mod checkpoint;
 mod folder;
 mod rows;
+mod writer;
 
 use self::folder::FolderLock;
+use self::writer::Writer;
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
@@ -50,8 +53,7 @@ const CACHE_SIZE: &str = "-512";
 /// A SQLite file behind one embedded node.
 #[derive(Debug)]
 pub struct Sqlite {
-    /// Not in a pool, which would ask it after each statement whether it still answers.
-    writer: Arc<tokio::sync::Mutex<SqliteConnection>>,
+    writer: Arc<Writer>,
     /// Moves what was appended to its place, and writes what is durable together with what comes after it.
     beside: SqlitePool,
     readers: SqlitePool,
@@ -85,23 +87,20 @@ impl Sqlite {
                 .idle_timeout(None)
                 .max_lifetime(None)
         };
-        let mut writer = SqliteConnection::connect_with(&options)
-            .await
-            .map_err(failed)?;
+        let beside = options.clone().synchronous(SqliteSynchronous::Normal);
+        let beside = pool(1).connect_lazy_with(beside);
         // A newer version may have been here: what it added does not disturb this one.
         let mut migrations = sqlx::migrate!("migrations/sqlite");
         migrations.set_ignore_missing(true);
         migrations
-            .run(&mut writer)
+            .run(&mut *beside.acquire().await.map_err(failed)?)
             .await
             .map_err(|error| StoreError::Unusable(error.to_string()))?;
         let appended = Arc::new(AtomicBool::new(false));
-        let beside = options.clone().synchronous(SqliteSynchronous::Normal);
-        let beside = pool(1).connect_lazy_with(beside);
-        let writer = Arc::new(tokio::sync::Mutex::new(writer));
+        let writer = Arc::new(Writer::new(options.clone()));
         let checkpoints = checkpoint::keep_moving(beside.clone(), writer.clone(), appended.clone());
         let checkpoints = tokio::spawn(checkpoints).abort_handle();
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let cores = Handle::current().metrics().num_workers();
         let readers = u32::try_from(cores).map_or(READERS_MAX, |cores| cores.min(READERS_MAX));
         let readers = pool(readers).connect_lazy_with(options.read_only(true));
         Ok(Self {
@@ -147,7 +146,7 @@ impl Sqlite {
                cross join document d on d.id = r.document and not d.deleted and d.base_seq < r.seq
              where true on conflict (document, seq) do nothing",
         );
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let done = insert.build().execute(&mut *writer).await;
         let done = done.map_err(failed)?;
         // Nearly always it was all, and to be told of each row would cost as much as to write it.
@@ -160,7 +159,7 @@ impl Sqlite {
     }
 
     async fn holds(&self, ownership: Ownership) -> Result<bool, StoreError> {
-        holds(&mut *self.writer.lock().await, ownership).await
+        holds(&mut *self.writer.lock().await?, ownership).await
     }
 }
 
@@ -278,7 +277,7 @@ impl Store for Sqlite {
         ownership: Ownership,
         recreate: Recreate,
     ) -> Result<Created, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if !holds(&mut write, ownership).await? {
             return Ok(Created::Fenced);
@@ -311,7 +310,7 @@ impl Store for Sqlite {
         ownership: Ownership,
         last: Seq,
     ) -> Result<Fence, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if !holds(&mut write, ownership).await? {
             return Ok(Fence::Fenced);
@@ -334,7 +333,7 @@ impl Store for Sqlite {
     }
 
     async fn snapshot(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if !holds(&mut write, snapshot.ownership).await? {
             return Ok(Fence::Fenced);
@@ -349,7 +348,7 @@ impl Store for Sqlite {
         document: &DocumentId,
         ownership: Ownership,
     ) -> Result<Fence, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if !holds(&mut write, ownership).await? {
             return Ok(Fence::Fenced);
@@ -424,9 +423,9 @@ impl Store for Sqlite {
         slots: u16,
         lease: Duration,
     ) -> Result<Option<Uuid>, StoreError> {
-        let mut writer = self.writer.lock().await;
-        let mut write = begin(&mut writer).await?;
-        sqlx::query("insert into control (slots) values (?) on conflict do nothing")
+        let mut beside = self.beside.acquire().await.map_err(failed)?;
+        let mut write = begin(&mut beside).await?;
+        let made = sqlx::query("insert into control (slots) values (?) on conflict do nothing")
             .bind(slots)
             .execute(&mut *write)
             .await
@@ -441,14 +440,16 @@ impl Store for Sqlite {
                  the number of slots cannot change"
             )));
         }
-        sqlx::query(
-            "with recursive n(slot) as (values (0) union all select slot + 1 from n where slot + 1 < ?)
-             insert into slot (slot) select slot from n where true on conflict do nothing",
-        )
-        .bind(slots)
-        .execute(&mut *write)
-        .await
-        .map_err(failed)?;
+        if made.rows_affected() == 1 {
+            sqlx::query(
+                "with recursive n(slot) as (values (0) union all select slot + 1 from n where slot + 1 < ?)
+                 insert into slot (slot) select slot from n",
+            )
+            .bind(slots)
+            .execute(&mut *write)
+            .await
+            .map_err(failed)?;
+        }
         write.commit().await.map_err(failed)?;
         let mut known = self.member.lock().expect("no holder panics");
         let before = known
@@ -534,10 +535,11 @@ impl Store for Sqlite {
             .fetch_optional(&mut *view)
             .await
             .map_err(failed)?;
-        // In as many rows as there are owners: each takes two changes between threads.
+        // In as many rows as there are owners: each takes two changes between threads. Lists of numbers take half as long
+        // to make and to read as a list of lists.
         let rows = sqlx::query(
-            "select owner, json_group_array(json_array(
-               slot, epoch, slot >= (select slots from control), document))
+            "select owner, json_group_array(slot), json_group_array(epoch),
+               json_group_object(slot, document) filter (where slot >= (select slots from control))
              from slot where revision >= ? group by owner",
         )
         .bind(horizon)
@@ -550,16 +552,13 @@ impl Store for Sqlite {
             ..MapChange::default()
         };
         for row in &rows {
-            let (owner, slots): (_, String) = (get(row, 0)?, get(row, 1)?);
-            let slots: Vec<(u16, i64, u8, Option<String>)> =
-                serde_json::from_str(&slots).map_err(StoreError::unusable)?;
-            for (slot, epoch, is_virtual, document) in slots {
-                let (slot, epoch) = (Slot(slot), Epoch(epoch));
-                change.slots.push(SlotRow { slot, owner, epoch });
-                if is_virtual == 1 {
-                    let document = document.map(document_id).transpose()?;
-                    change.pins.push((slot, document));
-                }
+            let owner = get(row, 0)?;
+            let slots = epochs(row, 1)?.into_iter();
+            let slots = slots.map(|(slot, epoch)| SlotRow { slot, owner, epoch });
+            change.slots.extend(slots);
+            for (slot, document) in json::<BTreeMap<u16, Option<String>>>(get(row, 3)?)? {
+                let document = document.map(document_id).transpose()?;
+                change.pins.push((Slot(slot), document));
             }
         }
         change.slots.sort_unstable_by_key(|row| row.slot);
@@ -605,8 +604,8 @@ impl Store for Sqlite {
         .await
         .map_err(failed)?;
         // In one row: each takes two changes between threads, and a node that starts claims all slots.
-        let taken: String = sqlx::query_scalar(
-            "select json_group_array(json_array(slot, epoch) order by slot) from slot
+        let taken = sqlx::query(
+            "select json_group_array(slot), json_group_array(epoch) from slot
              where owner = ? and revision = (select revision from control)",
         )
         .bind(incarnation)
@@ -614,11 +613,9 @@ impl Store for Sqlite {
         .await
         .map_err(failed)?;
         write.commit().await.map_err(failed)?;
-        let taken: Vec<(u16, i64)> = serde_json::from_str(&taken).map_err(StoreError::unusable)?;
-        let taken = taken.into_iter();
-        Ok(taken
-            .map(|(slot, epoch)| (Slot(slot), Epoch(epoch)))
-            .collect())
+        let mut taken = epochs(&taken, 0)?;
+        taken.sort_unstable();
+        Ok(taken)
     }
 
     async fn reclaim(
@@ -656,7 +653,7 @@ impl Store for Sqlite {
         document: &DocumentId,
         home: Slot,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
@@ -686,7 +683,7 @@ impl Store for Sqlite {
         document: &DocumentId,
         home: Slot,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
@@ -706,7 +703,7 @@ impl Store for Sqlite {
         let Some(row) = row else {
             return Ok(Placement::default());
         };
-        let slots = serde_json::from_str(get(&row, 1)?).map_err(StoreError::unusable)?;
+        let slots = json(get(&row, 1)?)?;
         Ok(Placement {
             version: get(&row, 0)?,
             slots,
@@ -717,7 +714,7 @@ impl Store for Sqlite {
         let term =
             sqlx::query_scalar("update control set term = term + 1, holder = ? returning term")
                 .bind(holder)
-                .fetch_one(&mut *self.writer.lock().await)
+                .fetch_one(&mut *self.writer.lock().await?)
                 .await
                 .map_err(failed)?;
         Ok(Term(term))
@@ -728,7 +725,7 @@ impl Store for Sqlite {
         term: Term,
         slots: &[NodeId],
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
@@ -750,7 +747,7 @@ impl Store for Sqlite {
         node: &NodeId,
         drain: bool,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
@@ -768,7 +765,7 @@ impl Store for Sqlite {
     }
 
     async fn fence(&self, term: Term, _incarnation: Uuid) -> Result<Result<(), Term>, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         let granted = grant(&mut write, term).await?;
         write.commit().await.map_err(failed)?;
@@ -780,7 +777,7 @@ impl Store for Sqlite {
         term: Term,
         zones: &BTreeMap<NodeId, String>,
     ) -> Result<Result<(), Term>, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if let Err(current) = grant(&mut write, term).await? {
             return Ok(Err(current));
@@ -960,9 +957,8 @@ async fn log_after(
     .fetch_one(connection)
     .await
     .map_err(failed)?;
-    let (heads, mut bytes): (String, &[u8]) = (get(&row, 0)?, get(&row, 1)?);
-    let heads: Vec<(i64, i64, usize)> =
-        serde_json::from_str(&heads).map_err(StoreError::unusable)?;
+    let heads: Vec<(i64, i64, usize)> = json(get(&row, 0)?)?;
+    let mut bytes: &[u8] = get(&row, 1)?;
     let mut rows = Vec::with_capacity(heads.len());
     for (seq, crc32c, length) in heads {
         let (update, rest) = bytes.split_at_checked(length).unwrap_or((bytes, &[]));
@@ -1039,6 +1035,18 @@ where
     T: sqlx::Decode<'row, Database> + sqlx::Type<Database>,
 {
     row.try_get(column).map_err(StoreError::unusable)
+}
+
+/// Of as many slots as a list in one column names, the epochs in the next.
+fn epochs(row: &SqliteRow, column: usize) -> Result<Vec<(Slot, Epoch)>, StoreError> {
+    let slots: Vec<u16> = json(get(row, column)?)?;
+    let epochs: Vec<i64> = json(get(row, column + 1)?)?;
+    let slots = slots.into_iter().map(Slot);
+    Ok(slots.zip(epochs.into_iter().map(Epoch)).collect())
+}
+
+fn json<'row, T: Deserialize<'row>>(text: &'row str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(StoreError::unusable)
 }
 
 fn document_id(text: String) -> Result<DocumentId, StoreError> {

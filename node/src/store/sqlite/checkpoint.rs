@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use sqlx::SqliteConnection;
 use sqlx::sqlite::SqlitePool;
-use tokio::sync::Mutex;
 use tokio::time::sleep;
+
+use super::failed;
+use super::writer::Writer;
+use crate::store::StoreError;
 
 /// Between two times that what was appended is moved from the write-ahead log to its place in the file.
 const EVERY: Duration = Duration::from_secs(1);
@@ -19,7 +22,7 @@ pub(super) const PAGES_MAX: &str = "16000";
 /// Moves what was appended to its place in the file, beside those who append.
 pub(super) async fn keep_moving(
     beside: SqlitePool,
-    writer: Arc<Mutex<SqliteConnection>>,
+    writer: Arc<Writer>,
     appended: Arc<AtomicBool>,
 ) {
     loop {
@@ -34,21 +37,22 @@ pub(super) async fn keep_moving(
 
 /// Moves the log's pages to their places. The log begins anew only if for a moment nothing is left of it, and those who
 /// append all the time leave something: of a long log they wait for the end, a few pages.
-async fn move_pages(beside: &SqlitePool, writer: &Mutex<SqliteConnection>) -> sqlx::Result<()> {
-    let mut beside = beside.acquire().await?;
+async fn move_pages(beside: &SqlitePool, writer: &Writer) -> Result<(), StoreError> {
+    let mut beside = beside.acquire().await.map_err(failed)?;
     if PAGES_KEPT < passive(&mut beside).await? {
         passive(&mut beside).await?;
-        let _nobody_appends = writer.lock().await;
+        let _nobody_appends = writer.lock().await?;
         passive(&mut beside).await?;
     }
     Ok(())
 }
 
 /// Moves what is there now. Answers how many pages the log has (<https://sqlite.org/pragma.html#pragma_wal_checkpoint>).
-async fn passive(connection: &mut SqliteConnection) -> sqlx::Result<i64> {
+async fn passive(connection: &mut SqliteConnection) -> Result<i64, StoreError> {
     let (_busy, pages, _moved): (i64, i64, i64) = sqlx::query_as("pragma wal_checkpoint(passive)")
         .fetch_one(connection)
-        .await?;
+        .await
+        .map_err(failed)?;
     Ok(pages)
 }
 
@@ -61,10 +65,10 @@ mod tests {
     const ROUND: i64 = 2 * PAGES_KEPT;
     const ROUNDS: i64 = 8;
 
-    async fn append(writer: &Mutex<SqliteConnection>, bytes: i64) {
+    async fn append(writer: &Writer, bytes: i64) {
         sqlx::query("insert into appended (bytes) values (zeroblob(?))")
             .bind(bytes)
-            .execute(&mut *writer.lock().await)
+            .execute(&mut *writer.lock().await.unwrap())
             .await
             .unwrap();
     }
@@ -74,7 +78,7 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("collab-log-{}", uuid::Uuid::new_v4()));
         let store = Sqlite::open(&folder).await.unwrap();
         sqlx::query("create table appended (bytes blob not null)")
-            .execute(&mut *store.writer.lock().await)
+            .execute(&mut *store.writer.lock().await.unwrap())
             .await
             .unwrap();
         let writer = store.writer.clone();

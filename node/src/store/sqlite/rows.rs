@@ -61,7 +61,7 @@ impl Rows for Sqlite {
     }
 
     async fn replace(&self, snapshot: &NewSnapshot) -> Result<Fence, StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut writer = self.writer.lock().await?;
         let mut write = begin(&mut writer).await?;
         if !holds(&mut write, snapshot.ownership).await? {
             return Ok(Fence::Fenced);
