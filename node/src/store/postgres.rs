@@ -66,6 +66,9 @@ const WRITE_SESSIONS: usize = 4;
 const CONTROL_SESSIONS: usize = 5;
 /// Sessions that read documents.
 const READ_SESSIONS: usize = 4;
+/// Before all of them are opened. A node that starts again in its pod has documents to serve first, with the few that this
+/// takes; others are given none for longer.
+const FILL_AFTER: Duration = Duration::from_millis(250);
 
 const MAP_CHANNEL: &str = "collab_map";
 const MEMBERS_CHANNEL: &str = "collab_members";
@@ -219,6 +222,7 @@ impl Postgres {
         let beside = [
             tokio::spawn(listen(sessions.clone(), hints.clone())),
             tokio::spawn(async move {
+                tokio::time::sleep(FILL_AFTER).await;
                 to_write.fill().await;
                 to_read.fill().await;
             }),
