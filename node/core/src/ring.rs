@@ -183,9 +183,6 @@ impl Hash for SlotKey {
 /// `hashring` answers only which point follows a key, or clones all its points. So it is asked once
 /// for all points in their order, then for the first point of each slot; the walk from there is ours.
 fn preferences(nodes: &[NodeId], weights: &[u32], zones: &[String], slots: u16) -> Vec<u16> {
-    if let [_] = nodes {
-        return vec![0; usize::from(slots)];
-    }
     let mut ring = HashRing::with_hasher(Xxh3DefaultBuilder);
     ring.batch_add(points(nodes, weights));
     let circle = ring
