@@ -48,12 +48,20 @@ async fn a_node_joins_a_database_that_has_few_sessions_left() {
     let mut superuser = PgConnection::connect(&server.superuser_url())
         .await
         .unwrap();
-    let sessions = "select count(*) from pg_stat_activity where usename = 'collab'";
-    let mut used = 0_i64;
-    while used < SESSIONS {
-        let counted = sqlx::query_scalar(sessions).fetch_one(&mut superuser);
-        used = counted.await.unwrap();
-    }
+    let mut watcher = PgConnection::connect(&server.superuser_url())
+        .await
+        .unwrap();
+    let mut in_use = async || -> i64 {
+        let sessions = "select count(*) from pg_stat_activity where usename = 'collab'";
+        let counted = sqlx::query_scalar(sessions).fetch_one(&mut watcher);
+        counted.await.unwrap()
+    };
+    let used = loop {
+        let used = in_use().await;
+        if SESSIONS <= used {
+            break used;
+        }
+    };
     let mut set_limit = async |limit: i64| {
         let statement = format!("alter role collab connection limit {limit}");
         let done = sqlx::query(AssertSqlSafe(statement)).execute(&mut superuser);
@@ -61,6 +69,7 @@ async fn a_node_joins_a_database_that_has_few_sessions_left() {
     };
     set_limit(used + SESSIONS - 2).await;
     let store = Postgres::connect(&server.url()).await.unwrap();
+    while in_use().await < used + SESSIONS - 2 {}
     let doc = document("a");
     store.append(&[node.update(&doc, 1, 1, "1")]).await.unwrap();
     assert!(store.load(&doc).await.is_ok());
