@@ -14,8 +14,8 @@ use collab_node::store::postgres::Postgres;
 use collab_node::store::sqlite::Sqlite;
 use collab_node::store::{
     Append, Appended, Claim, Content as StoredContent, Created, Fence, LoadError, Loaded,
-    MapChange, NewSnapshot, Ownership, Recreate, Registration, Renewal, Renewed, Store, StoreError,
-    WrittenRow,
+    MapChange, NewSnapshot, Ownership, Recreate, Registration, Renewal, Renewed, SlotRow, Store,
+    StoreError, WrittenRow,
 };
 use collab_tests::postgres::Postgres as Server;
 use collab_tests::process::Folder;
@@ -484,6 +484,12 @@ async fn until_answered<T, F: Future<Output = Result<T, StoreError>>>(
             Err(error) => assert!(started.elapsed() < Duration::from_secs(20), "{error}"),
         }
     }
+}
+
+/// What `change` tells that `seen` did not. A change may be told again while any transaction is open that is older than
+/// it, one of another test in the same database server, too.
+fn news<'a>(seen: &'a MapChange, change: &'a MapChange) -> impl Iterator<Item = &'a SlotRow> {
+    change.slots.iter().filter(|row| !seen.slots.contains(row))
 }
 
 fn content(snapshot: Option<&str>, log: &[&str], last: i64) -> Content {
