@@ -11,7 +11,6 @@
 //! outcome is unknown. What an administrator cancels all the same is unknown, too: [`Warnings`] hears of it,
 //! and saying the statement again waits for the standby again.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -27,38 +26,46 @@ use collab_core::limits::{
     RENEWAL_GAP_MAX, SNAPSHOTS_KEPT,
 };
 use collab_core::mutants::Mutant;
+use sqlx::AssertSqlSafe;
 use sqlx::migrate::MigrateError;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgListener, PgRow};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgRow};
 use sqlx::query::Query;
 use sqlx::types::Json;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
-use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+mod decode;
+mod hints;
+mod load;
+mod pins;
 mod rows;
 mod schema;
 mod sessions;
+mod write_rule;
 
+pub use pins::{LOCK_SLOTS, MOVE_DOCUMENT};
 pub use schema::SCHEMA_LOCK;
+pub use write_rule::{APPEND, APPEND_ONE, Warnings, append_one_statement, append_statement};
+
+use decode::{columns, document_id, document_row, get, granted, member_row, slot, taken};
+use hints::{Hints, listen};
+use load::load;
+use pins::Wanted;
 use sessions::{Pool, Session, Sessions};
+use write_rule::stored_author;
 
 use super::integrity::{LIBRARY, LogRow, check_tail, snapshot_hash};
 use super::{
     Append, Appended, Claim, Created, DocumentRow, Failovers, Fence, Judgement, LoadError, Loaded,
-    MapChange, Member, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed,
-    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow, first_epoch,
+    MapChange, NewSnapshot, Ownership, Placement, Recreate, Registration, Renewal, Renewed,
+    SlotRow, Store, StoreError, StoredSnapshot, Summary, WrittenRow,
 };
 
 /// After this time a call that writes or reads a document is given up.
 const DATA_TIMEOUT: Duration = Duration::from_secs(10);
 /// After this time a call about members and slots is given up.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two attempts to listen for changes of the map.
-const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(1);
-/// After so much silence the session that listens is asked whether it is still there.
-const LISTEN_CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// Sessions that append and change documents. Few: batches are large and at most two are in flight.
 const WRITE_SESSIONS: usize = 4;
@@ -69,76 +76,6 @@ const READ_SESSIONS: usize = 4;
 /// Before all of them are opened. A node that starts again in its pod has documents to serve first, with the few that this
 /// takes; others are given none for longer.
 const FILL_AFTER: Duration = Duration::from_millis(250);
-
-const MAP_CHANNEL: &str = "collab_map";
-const MEMBERS_CHANNEL: &str = "collab_members";
-
-/// The write rule: inserts the rows whose slots are held, and answers which slots those were.
-///
-/// `$1..$3` are the slots, epochs and incarnations that the batch claims to hold; `$4..$9` are the
-/// rows: the place of its slot in `$1` (from 1), document, seq, checksum, bytes, author; `$10` is how long each
-/// lock is waited for. The answer has the held slots, and the documents and seqs of the rows that were inserted.
-///
-/// `for share` conflicts with the lock of a claim and lets appends of other documents of the slot
-/// pass; in order of slot, so that two batches cannot wait for each other.
-pub const APPEND: &str = "
-with patience as materialized (
-  select set_config('lock_timeout', $10, true)
-), want as (
-  select * from unnest($1::int[], $2::bigint[], $3::uuid[]) with ordinality as w(slot, epoch, incarnation, place)
-), held as materialized (
-  select w.place, s.slot, s.epoch from patience, slot s join want w using (slot)
-  where s.epoch = w.epoch and s.owner = w.incarnation
-  order by s.slot for share of s
-), put as (
-  insert into update_log (document, seq, slot, epoch, crc32c, bytes, author)
-  select r.document, r.seq, h.slot, h.epoch, r.crc32c, r.bytes, r.author
-  from unnest($4::bigint[], $5::text[], $6::bigint[], $7::bigint[], $8::bytea[], $9::text[])
-    as r(place, document, seq, crc32c, bytes, author)
-  join held h using (place)
-  join document d on d.id = r.document and not d.deleted and d.base_seq < r.seq
-  on conflict (document, seq) do nothing
-  returning document, seq
-)
-select (select array_agg(slot) from held), (select array_agg(document) from put), (select array_agg(seq) from put)";
-
-/// The write rule for a single row, at a third of what [`APPEND`] takes beyond the bare row. It says nothing when it does nothing,
-/// whatever the reason, and waits for nobody: [`APPEND`] knows more.
-///
-/// `$1..$3` are the slot, epoch and incarnation, `$4..$8` document, seq, checksum, bytes and author.
-pub const APPEND_ONE: &str = "
-with held as materialized (
-  select s.slot, s.epoch from slot s where s.slot = $1 and s.epoch = $2 and s.owner = $3 for share of s skip locked
-)
-insert into update_log (document, seq, slot, epoch, crc32c, bytes, author)
-select d.id, $5, h.slot, h.epoch, $6, $7, $8
-from held h join document d on d.id = $4 and not d.deleted and d.base_seq < $5
-on conflict (document, seq) do nothing
-returning seq";
-
-/// [`APPEND`] as it is sent.
-pub fn append_statement() -> Cow<'static, str> {
-    Mutant::ExistsFence.rewrites(APPEND, "for share of s", "")
-}
-
-/// [`APPEND_ONE`] as it is sent.
-pub fn append_one_statement() -> Cow<'static, str> {
-    Mutant::ExistsFence.rewrites(APPEND_ONE, "for share of s skip locked", "")
-}
-
-/// Locks the slots `$1` for a change of who owns what in them, in ascending order.
-pub const LOCK_SLOTS: &str =
-    "select slot from slot where slot = any($1) order by slot for no key update";
-
-/// Makes `$2` the slot of the document `$3` alone, or of none, and takes it out of `$1` or puts it back. Both
-/// epochs rise, so that whoever has the document open under either slot, or a queue of appends for
-/// it, is fenced.
-pub const MOVE_DOCUMENT: &str = "
-update slot s set epoch = s.epoch + 1, revision = pg_current_xact_id()::text::bigint,
-  document = case when s.slot = $2 then $3 end,
-  owner = case when s.slot = $1 then s.owner when $3 is not null then (select owner from slot where slot = $1) end
-where s.slot in ($1, $2)
-returning pg_notify('collab_map', '')";
 
 /// Postgres behind a cluster.
 #[derive(Debug)]
@@ -154,32 +91,6 @@ pub struct Postgres {
     hints: Arc<Hints>,
     /// Listens, and opens sessions.
     _beside: [AbortOnDropHandle<()>; 2],
-}
-
-/// What other sessions said they did.
-#[derive(Debug, Default)]
-struct Hints {
-    map: Notify,
-    members: Notify,
-}
-
-/// Warnings of servers that this process has heard of.
-static WARNINGS: AtomicU64 = AtomicU64::new(0);
-
-/// Hears the warnings of servers, which the driver tells the log and nobody else. Without this part of the log a cancelled wait
-/// for the standby passes for a commit.
-#[derive(Debug)]
-pub struct Warnings;
-
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Warnings {
-    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-        let metadata = event.metadata();
-        if metadata.target() == "sqlx::postgres::notice"
-            && *metadata.level() <= tracing::Level::WARN
-        {
-            WARNINGS.fetch_add(1, Ordering::AcqRel);
-        }
-    }
 }
 
 impl Postgres {
@@ -296,48 +207,6 @@ impl Postgres {
         row.ok_or_else(|| self.failed(sqlx::Error::RowNotFound))
     }
 
-    /// Runs one statement that writes documents. A warning means that its rows may be on this server alone.
-    async fn run_durably(
-        &self,
-        query: Query<'_, sqlx::Postgres, PgArguments>,
-    ) -> Result<Option<PgRow>, StoreError> {
-        let warnings = WARNINGS.load(Ordering::Acquire);
-        let seen = self.failovers().seen;
-        // The session tells of a failover before it is used.
-        let mut session = self.session(&self.writes).await?;
-        let failovers = self.failovers();
-        if failovers.is_pending() || failovers.seen != seen {
-            session.ended();
-            return Err(StoreError::Unavailable(sqlx::Error::Configuration(
-                "the database has failed over; what was to be written may be older than what it holds now".into(),
-            )));
-        }
-        let row = within(DATA_TIMEOUT, query.fetch_optional(session.connection()))
-            .await
-            .map_err(|error| self.failed(error))?;
-        session.ended();
-        unless_warned(warnings, row)
-    }
-
-    /// Appends if there is nothing against it. Answers whether it did.
-    async fn append_one(&self, append: &Append) -> Result<bool, StoreError> {
-        let Ownership {
-            slot,
-            epoch,
-            incarnation,
-        } = append.ownership;
-        let query = sqlx::query(AssertSqlSafe(append_one_statement()))
-            .bind(i32::from(slot.0))
-            .bind(epoch.0)
-            .bind(incarnation)
-            .bind(append.document.as_str())
-            .bind(append.seq.0)
-            .bind(i64::from(crc32c::crc32c(&append.bytes)))
-            .bind(append.bytes.as_ref())
-            .bind(stored_author(append));
-        Ok(self.run_durably(query).await?.is_some())
-    }
-
     /// Runs one fenced statement, which answers whether the slot was held.
     async fn run_fenced(
         &self,
@@ -400,24 +269,6 @@ impl Postgres {
         .bind(millis(RENEWAL_GAP_MAX)?)
         .bind(left_by);
         self.run(&self.control, CONTROL_TIMEOUT, query).await
-    }
-
-    async fn change_pin(
-        &self,
-        term: Term,
-        document: &DocumentId,
-        home: Slot,
-        wanted: Wanted,
-    ) -> Result<Result<(), Term>, StoreError> {
-        let mut session = self.session(&self.control).await?;
-        let first_epoch = first_epoch(&self.sessions.timeline().name);
-        let connection = session.connection();
-        let change = change_pin(connection, term, document, home, wanted, first_epoch);
-        let changed = within(CONTROL_TIMEOUT, change)
-            .await
-            .map_err(|error| self.failed(error))?;
-        session.ended();
-        Ok(changed)
     }
 
     /// Ends the sessions of the processes that a claim of these slots would fence.
@@ -1194,208 +1045,6 @@ impl Store for Postgres {
     }
 }
 
-/// Passes notifications on for as long as the store lives. Several that come together are one.
-async fn listen(sessions: Arc<Sessions>, hints: Arc<Hints>) {
-    loop {
-        let lost = async {
-            let mut listener = PgListener::connect_with(&sessions.driver()).await?;
-            listener.eager_reconnect(false);
-            listener.listen_all([MAP_CHANNEL, MEMBERS_CHANNEL]).await?;
-            // Who knows what was missed.
-            hints.map.notify_one();
-            hints.members.notify_one();
-            loop {
-                match timeout(LISTEN_CHECK_EVERY, listener.try_recv()).await {
-                    Ok(notification) => match notification? {
-                        Some(hint) if hint.channel() == MEMBERS_CHANNEL => {
-                            hints.members.notify_one();
-                        }
-                        Some(_) => hints.map.notify_one(),
-                        None => return Ok(()),
-                    },
-                    Err(_) => {
-                        within(CONTROL_TIMEOUT, listener.execute("select")).await?;
-                    }
-                }
-            }
-        };
-        let lost: Result<(), sqlx::Error> = lost.await;
-        if let Err(error) = lost {
-            tracing::debug!(%error, "cannot listen for changes of the map; polling finds them");
-        }
-        tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
-    }
-}
-
-/// Where a document is to be.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    /// In a virtual slot of its own.
-    Pinned,
-    /// In the slot that its id hashes to.
-    Home,
-}
-
-/// Pins or unpins. The lock on `control` lets no two take the same virtual slot.
-async fn change_pin(
-    connection: &mut PgConnection,
-    term: Term,
-    document: &DocumentId,
-    home: Slot,
-    wanted: Wanted,
-    first_epoch: Epoch,
-) -> Result<Result<(), Term>, sqlx::Error> {
-    let mut change = connection.begin().await?;
-    sqlx::query("select set_config('lock_timeout', $1, true)")
-        .bind(setting(3 * CLAIM_LOCK_TIMEOUT))
-        .execute(&mut *change)
-        .await?;
-    let slots = sqlx::query_scalar::<_, i32>(
-        "update control set term = $1 where term <= $1 returning slots",
-    )
-    .bind(term.0)
-    .fetch_optional(&mut *change)
-    .await?;
-    let Some(slots) = slots else {
-        let current = sqlx::query_scalar("select term from control")
-            .fetch_one(&mut *change)
-            .await?;
-        change.rollback().await?;
-        return Ok(Err(Term(current)));
-    };
-    let pinned = sqlx::query_scalar::<_, i32>("select slot from slot where document = $1")
-        .bind(document.as_str())
-        .fetch_optional(&mut *change)
-        .await?;
-    let own = match (wanted, pinned) {
-        (Wanted::Pinned, Some(_)) | (Wanted::Home, None) => None,
-        (Wanted::Home, Some(own)) => Some(own),
-        (Wanted::Pinned, None) => Some(free_slot(&mut change, slots, first_epoch).await?),
-    };
-    if let Some(own) = own {
-        let home = i32::from(home.0);
-        sqlx::query(LOCK_SLOTS)
-            .bind([home, own])
-            .execute(&mut *change)
-            .await?;
-        let statement = Mutant::PinKeepsEpoch.rewrites(
-            MOVE_DOCUMENT,
-            "epoch + 1",
-            "epoch + (s.slot = $2)::int",
-        );
-        sqlx::query(AssertSqlSafe(statement))
-            .bind(home)
-            .bind(own)
-            .bind((wanted == Wanted::Pinned).then_some(document.as_str()))
-            .execute(&mut *change)
-            .await?;
-    }
-    change.commit().await?;
-    Ok(Ok(()))
-}
-
-/// The lowest virtual slot that is for no document; a new one, with this epoch, when there is none.
-async fn free_slot(
-    connection: &mut PgConnection,
-    slots: i32,
-    first_epoch: Epoch,
-) -> Result<i32, sqlx::Error> {
-    let free = sqlx::query_scalar(
-        "select coalesce((select min(slot) from slot where $1 <= slot and document is null), max(slot) + 1) from slot",
-    )
-    .bind(slots)
-    .fetch_one(&mut *connection)
-    .await?;
-    sqlx::query("insert into slot (slot, epoch) values ($1, $2) on conflict do nothing")
-        .bind(free)
-        .bind(first_epoch.0)
-        .execute(connection)
-        .await?;
-    Ok(free)
-}
-
-/// The load rule, in one consistent view.
-async fn load(
-    connection: &mut PgConnection,
-    document: &DocumentId,
-    copy: Option<(RoomEpoch, StoredSnapshot)>,
-) -> Result<Loaded, LoadError> {
-    let unavailable = |error| LoadError::Store(StoreError::Unavailable(error));
-    let mut view = connection
-        .begin_with("begin isolation level repeatable read read only")
-        .await
-        .map_err(unavailable)?;
-    let row = sqlx::query("select deleted, room_epoch, base_seq from document where id = $1")
-        .bind(document.as_str())
-        .fetch_optional(&mut *view)
-        .await
-        .map_err(unavailable)?;
-    let Some(row) = row else {
-        return Ok(Loaded::Absent);
-    };
-    if get(&row, 0)? {
-        return Ok(Loaded::Deleted);
-    }
-    let room_epoch = RoomEpoch(get(&row, 1)?);
-    let mut after = Seq(get(&row, 2)?);
-    let mut reach = after;
-    let mut snapshot = None;
-    let mut below = i64::MAX;
-    let mut copy = copy.filter(|(life, _)| *life == room_epoch);
-    while snapshot.is_none() {
-        let copied = copy.take().map(|(_, copied)| copied);
-        let row = sqlx::query(
-            "select seq, sha256, case when seq = $4 then null else bytes end from snapshot
-             where document = $1 and $2 <= seq and seq < $3 order by seq desc limit 1",
-        )
-        .bind(document.as_str())
-        .bind(after.0)
-        .bind(below)
-        .bind(copied.as_ref().map(|copied| copied.seq.0))
-        .fetch_optional(&mut *view)
-        .await
-        .map_err(unavailable)?;
-        let Some(row) = row else { break };
-        let seq = Seq(get(&row, 0)?);
-        let stored = get::<Option<Vec<u8>>>(&row, 2)?.map(Bytes::from);
-        let is_copy = stored.is_none();
-        let bytes = stored
-            .or(copied.map(|copied| copied.bytes))
-            .unwrap_or_default();
-        reach = reach.max(seq);
-        if snapshot_hash(document, room_epoch, seq, &bytes) == get::<Vec<u8>>(&row, 1)? {
-            snapshot = Some(StoredSnapshot { seq, bytes });
-            after = seq;
-        } else if is_copy {
-            tracing::warn!(document.id = %document, %seq, "a copy of a snapshot is not what was stored; reading that");
-            below = seq.next().0;
-        } else {
-            below = seq.0;
-            tracing::error!(document.id = %document, %seq, "a snapshot does not verify; trying the one before");
-        }
-    }
-    let rows = sqlx::query(
-        "select seq, crc32c, bytes from update_log where document = $1 and seq > $2 order by seq",
-    )
-    .bind(document.as_str())
-    .bind(after.0)
-    .fetch_all(&mut *view)
-    .await
-    .map_err(unavailable)?;
-    view.rollback().await.map_err(unavailable)?;
-    let rows = rows
-        .iter()
-        .map(|row| {
-            Ok(LogRow {
-                seq: get(row, 0)?,
-                crc32c: get(row, 1)?,
-                bytes: get(row, 2)?,
-            })
-        })
-        .collect::<Result<_, StoreError>>()?;
-    check_tail(after, reach, rows).after(document, room_epoch, snapshot)
-}
-
 /// Live documents after `$1`, or the one that `$2` names.
 const DOCUMENTS: &str = "
 select d.id, (extract(epoch from d.created_at) * 1000)::bigint,
@@ -1406,92 +1055,6 @@ left join lateral (select seq, at from snapshot where document = d.id order by s
 where not d.deleted and d.id > $1 and ($2::text is null or d.id = $2)
 order by d.id limit $3";
 
-fn document_row(row: &PgRow) -> Result<DocumentRow, StoreError> {
-    Ok(DocumentRow {
-        id: document_id(get(row, 0)?)?,
-        created_ms: get(row, 1)?,
-        updated_ms: get(row, 2)?,
-        seq: Seq(get(row, 3)?),
-    })
-}
-
-fn member_row(row: &PgRow) -> Result<Member, StoreError> {
-    let state: &str = get(row, 6)?;
-    let load: Option<Json<LoadSample>> = get(row, 7)?;
-    let millis = |number: i64| {
-        Ok(Duration::from_millis(
-            u64::try_from(number).map_err(StoreError::unusable)?,
-        ))
-    };
-    let duration = |column| millis(get(row, column)?);
-    Ok(Member {
-        node: NodeId(get(row, 0)?),
-        incarnation: get(row, 1)?,
-        pod_uid: get(row, 2)?,
-        address: get(row, 3)?,
-        zone: get(row, 4)?,
-        weight: u32::try_from(get::<i32>(row, 5)?).map_err(StoreError::unusable)?,
-        state: MemberState::parse(state)
-            .ok_or_else(|| StoreError::unusable(format!("unknown member state {state}")))?,
-        lease_left: duration(8)?,
-        load: load.map(|Json(load)| load),
-        load_age: duration(9)?,
-        leases_lost_ago: get::<Vec<i64>>(row, 13)?
-            .into_iter()
-            .map(|ago| millis(ago.max(0)))
-            .collect::<Result<_, _>>()?,
-    })
-}
-
-/// Slots and their new epochs, in order of slot.
-fn taken(rows: &[PgRow]) -> Result<Vec<(Slot, Epoch)>, StoreError> {
-    let mut taken = rows
-        .iter()
-        .map(|row| Ok((slot(get(row, 0)?)?, Epoch(get(row, 1)?))))
-        .collect::<Result<Vec<_>, StoreError>>()?;
-    taken.sort_unstable();
-    Ok(taken)
-}
-
-fn granted(row: &PgRow) -> Result<Result<(), Term>, StoreError> {
-    Ok(if get(row, 0)? {
-        Ok(())
-    } else {
-        Err(Term(get(row, 1)?))
-    })
-}
-
-fn columns(owned: &[Ownership]) -> (Vec<i32>, Vec<i64>, Vec<Uuid>) {
-    (
-        owned
-            .iter()
-            .map(|ownership| i32::from(ownership.slot.0))
-            .collect(),
-        owned.iter().map(|ownership| ownership.epoch.0).collect(),
-        owned
-            .iter()
-            .map(|ownership| ownership.incarnation)
-            .collect(),
-    )
-}
-
-fn get<'row, T>(row: &'row PgRow, column: usize) -> Result<T, StoreError>
-where
-    T: sqlx::Decode<'row, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
-{
-    row.try_get(column).map_err(StoreError::unusable)
-}
-
-fn slot(number: i32) -> Result<Slot, StoreError> {
-    u16::try_from(number)
-        .map(Slot)
-        .map_err(StoreError::unusable)
-}
-
-fn document_id(text: String) -> Result<DocumentId, StoreError> {
-    DocumentId::try_from(text).map_err(StoreError::unusable)
-}
-
 /// A duration as a setting of Postgres.
 fn setting(duration: Duration) -> String {
     format!("{}ms", duration.as_millis())
@@ -1499,22 +1062,6 @@ fn setting(duration: Duration) -> String {
 
 fn millis(duration: Duration) -> Result<i32, StoreError> {
     i32::try_from(duration.as_millis()).map_err(StoreError::unusable)
-}
-
-/// The one byte that Postgres has no text for must not fail a batch.
-fn stored_author(append: &Append) -> String {
-    append.author.replace('\0', "")
-}
-
-/// The answer to a statement that writes, unless the server has warned meanwhile: `before` is [`WARNINGS`] at its beginning.
-fn unless_warned<T>(before: u64, answer: T) -> Result<T, StoreError> {
-    if before == WARNINGS.load(Ordering::Acquire) {
-        return Ok(answer);
-    }
-    let reason = "the server warned: it is not known whether the standby has the commit";
-    Err(StoreError::Unavailable(sqlx::Error::Protocol(
-        reason.to_owned(),
-    )))
 }
 
 async fn within<T>(
