@@ -29,7 +29,7 @@ enum Bound {
     AtLeastTimesBestRival(f64),
 }
 
-const BARS: [Bar; 30] = [
+const BARS: [Bar; 31] = [
     Bar {
         scenario: "propagate",
         figure: "p50 ms",
@@ -155,6 +155,12 @@ const BARS: [Bar; 30] = [
         scenario: "kill",
         figure: "first served ms",
         bound: Bound::AtMost(15.0),
+    },
+    // Where that was taken, the best other needed 10.6 ms.
+    Bar {
+        scenario: "kill",
+        figure: "first served ms",
+        bound: Bound::TimesBestRival(1.4),
     },
     Bar {
         scenario: "kill",
