@@ -299,11 +299,7 @@ impl Map {
 
     /// Slots whose owner is not the one that the planner wants.
     pub fn misplaced(&self) -> u16 {
-        let node = |row: &SlotRow| {
-            self.members
-                .get(&row.owner?)
-                .map(|known| &known.member.node)
-        };
+        let node = |row: &SlotRow| self.node_of(row.owner?);
         let pairs = self.owners.iter().zip(&self.placement.slots);
         let misplaced = pairs
             .filter(|(row, wanted)| {
@@ -417,11 +413,7 @@ impl Map {
     pub fn handoffs(&self, me: Uuid, now: Instant) -> Vec<(Ownership, Uuid)> {
         let mut candidates = self.candidates(now);
         candidates.retain(|_, incarnation| {
-            *incarnation != me
-                || self
-                    .members
-                    .get(&me)
-                    .is_some_and(|known| known.member.state == MemberState::Active)
+            *incarnation != me || self.state_of(me) == Some(MemberState::Active)
         });
         if candidates.values().all(|candidate| *candidate == me) {
             return Vec::new();
@@ -436,11 +428,7 @@ impl Map {
         let current: Vec<Option<NodeId>> = self
             .slots()
             .iter()
-            .map(|row| {
-                self.members
-                    .get(&row.owner?)
-                    .map(|known| known.member.node.clone())
-            })
+            .map(|row| self.node_of(row.owner?).cloned())
             .collect();
         let planned = plan_placement(&ring, &[], &current, 100);
         let wanted = |slot: Slot| {
@@ -460,14 +448,9 @@ impl Map {
                 node.and_then(|node| candidates.get(node))
             })
         };
-        let mine = self.owners.iter().filter(|row| row.owner == Some(me));
-        let moves = mine.filter_map(|row| {
-            let target = *wanted(row.slot)?;
-            let ownership = Ownership {
-                slot: row.slot,
-                epoch: row.epoch,
-                incarnation: me,
-            };
+        let mine = self.ownerships(me).into_iter();
+        let moves = mine.filter_map(|ownership| {
+            let target = *wanted(ownership.slot)?;
             (target != me).then_some((ownership, target))
         });
         moves.collect()
